@@ -1,0 +1,1 @@
+"""The nnxlaunch trainer: a pure Flax NNX training program, started by `python -m trainer`."""

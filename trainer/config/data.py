@@ -1,0 +1,101 @@
+"""What the trainer reads: sources, tokenizer, packing, cache."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from trainer.config.base import Fraction, Node, NonNegativeInt, PositiveFloat, PositiveInt
+
+Paths = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+
+
+class _Source(Node):
+    weight: PositiveFloat = 1.0
+    """Share of the rows drawn from this source, relative to the other sources' weights."""
+
+
+class Text(_Source):
+    """Plain UTF-8 text files; a file is a document."""
+
+    type: Literal["text"] = "text"
+    paths: Paths
+    """Files or globs, local or gs://."""
+
+
+class JsonLines(_Source):
+    """One JSON object a line; a line is a document. `.gz` is decompressed."""
+
+    type: Literal["jsonl"] = "jsonl"
+    paths: Paths
+    field: str = "text"
+
+
+class Parquet(_Source):
+    type: Literal["parquet"] = "parquet"
+    paths: Paths
+    column: str = "text"
+
+
+class ArrayRecord(_Source):
+    """ArrayRecord files whose records are UTF-8 text."""
+
+    type: Literal["arrayrecord"] = "arrayrecord"
+    paths: Paths
+
+
+class PythonStandardLibrary(_Source):
+    """The source text of the running Python's own standard library: real text without a download."""
+
+    type: Literal["python_standard_library"] = "python_standard_library"
+    max_bytes: PositiveInt | None = None
+    """Use only about this much of it."""
+
+
+class Synthetic(_Source):
+    """Uniform random tokens, full rows, nothing read: for benchmarks."""
+
+    type: Literal["synthetic"] = "synthetic"
+    distinct_batches: PositiveInt = 1
+    """The run cycles through this many different batches."""
+
+
+Source = Annotated[
+    Text | JsonLines | Parquet | ArrayRecord | PythonStandardLibrary | Synthetic,
+    Field(discriminator="type"),
+]
+
+
+class Bytes(Node):
+    """UTF-8 bytes: ids 0-255 are bytes, 256 begins a document, 257 ends one."""
+
+    type: Literal["bytes"] = "bytes"
+
+
+class HuggingFaceTokenizer(Node):
+    type: Literal["huggingface"] = "huggingface"
+    path: str
+    """A `tokenizer.json`, local or gs://."""
+
+
+class SentencePiece(Node):
+    type: Literal["sentencepiece"] = "sentencepiece"
+    path: str
+    """A `.model` file, local or gs://."""
+
+
+Tokenizer = Annotated[Bytes | HuggingFaceTokenizer | SentencePiece, Field(discriminator="type")]
+
+
+class Data(Node):
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    tokenizer: Tokenizer = Bytes()
+    cache_directory: str | None = None
+    """Where tokenised, packed rows are kept, by fingerprint; local or gs://, shared by all hosts where it can be.
+    Default: `data` in the run directory."""
+    held_out: Fraction = 0.01
+    """Share of the documents kept for evaluation, chosen by a hash of the document."""
+    shuffle: bool = True
+    prefetch_batches: NonNegativeInt = 2
+    """Batches kept ready on each host."""

@@ -1,0 +1,139 @@
+"""Documents in: safe YAML or JSON, `--set a.b=c` overrides, and every problem at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from trainer.config.base import dotted, known_keys, near_miss
+from trainer.config.presets import merge
+from trainer.config.problem import ConfigError, Problem
+from trainer.config.train import TrainConfig
+
+MAX_DOCUMENT_BYTES = 1_000_000
+MAX_DEPTH = 40
+M = TypeVar("M", bound=BaseModel)
+
+
+class _Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  # type: ignore[misc]
+    """Safe YAML without anchors, with duplicate keys refused and depth limited."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(None, None, "anchors and aliases are not accepted here", event.start_mark)
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(None, None, f"nested deeper than {MAX_DEPTH} levels", self.peek_event().start_mark)
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool) and key is not None:
+                raise yaml.MarkedYAMLError(None, None, "a key must be plain text", key_node.start_mark)
+            if key in seen:
+                raise yaml.MarkedYAMLError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def parse_document(text: str | bytes, *, name: str) -> dict[str, Any]:
+    """The mapping in `text` (YAML, of which JSON is a part). Raises ConfigError for anything else."""
+    if len(text) > MAX_DOCUMENT_BYTES:
+        raise ConfigError([_document(name, f"larger than {MAX_DOCUMENT_BYTES:,} bytes", "a spec is a few kilobytes; is this the right file?")])
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        parsed = yaml.load(text, Loader=_Loader)
+    except UnicodeDecodeError as error:
+        raise ConfigError([_document(name, f"not UTF-8 text: {error.reason} at byte {error.start}", "save the file as UTF-8")]) from None
+    except RecursionError:
+        raise ConfigError([_document(name, f"nested deeper than {MAX_DEPTH} levels", "")]) from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError([_document(name, f"not valid YAML: {_one_line(error)}", "")]) from None
+    if not isinstance(parsed, dict):
+        raise ConfigError([_document(name, f"must be a mapping of keys, not {type(parsed).__name__}", "start with `name: ...`")])
+    return parsed
+
+
+def read_document(path: str | Path) -> dict[str, Any]:
+    """Parse a local file. Raises ConfigError when it cannot be read or parsed."""
+    try:
+        with open(path, "rb") as file:
+            return parse_document(file.read(MAX_DOCUMENT_BYTES + 1), name=str(path))
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError([_document(str(path), f"cannot be read: {reason}", "check the path")]) from None
+
+
+def apply_overrides(document: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`a.b.0.c=value` on top of a document; values are YAML. Raises ConfigError for a malformed override."""
+    for override in overrides:
+        path, separator, text = override.partition("=")
+        parts = path.split(".")
+        if not separator or not all(parts):
+            raise ConfigError([Problem(path="--set", message=f"{override!r} is not of the form a.b=value", code="override")])
+        value = parse_document(f"value: {text}" if text else "value: ''", name=f"--set {path}")["value"]
+        for part in reversed(parts):
+            value = {part: value}
+        try:
+            document = merge(document, value)
+        except ValueError as error:
+            raise ConfigError([Problem(path=path, message=str(error), code="override")]) from None
+    return document
+
+
+def validate(model: type[M], document: Any) -> M:
+    """`document` as `model`. Raises ConfigError with every problem, each with its path and the nearest known key."""
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError([_problem(model, detail) for detail in error.errors(include_url=False)]) from None
+
+
+def load_train_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
+    return validate(TrainConfig, apply_overrides(read_document(path), overrides))
+
+
+def _problem(model: type[BaseModel], detail: Any) -> Problem:
+    location, kind, value = detail["loc"], detail["type"], detail.get("input")
+    message = detail["msg"].removeprefix("Value error, ")
+    hint = ""
+    if kind == "extra_forbidden":
+        known = [key for key in known_keys(model, location[:-1]) if key]
+        close = near_miss(str(location[-1]), known)
+        message = f"unknown key {location[-1]!r}"
+        hint = f"did you mean {close!r}?" if close else f"known keys: {', '.join(known)}"
+    elif kind == "missing":
+        message = "is required"
+    elif isinstance(value, str | int | float | bool) or value is None:
+        message = f"{message[:1].lower()}{message[1:]}, got {_short(value)}"
+    return Problem(path=dotted(location), message=message, hint=hint, code=kind, value=value if isinstance(value, str | int | float) else None)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _document(name: str, message: str, hint: str) -> Problem:
+    return Problem(path=name, message=message, hint=hint, code="document")
+
+
+def _one_line(error: BaseException) -> str:
+    mark = getattr(error, "problem_mark", None)
+    text = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{text} (line {mark.line + 1}, column {mark.column + 1})" if mark else text

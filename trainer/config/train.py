@@ -1,0 +1,38 @@
+"""TrainConfig: everything the trainer reads, in one document."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from trainer.config.base import Node, NonNegativeInt, PositiveInt
+from trainer.config.data import Data
+from trainer.config.mesh import Mesh
+from trainer.config.model import Model
+from trainer.config.optimizer import AdamW, Loss, Optimizer, Schedule
+from trainer.config.run import Batch, Checkpoint, Distributed, Eval, Metrics, Profiler
+
+
+class TrainConfig(Node):
+    """The document mounted into every pod and read by `python -m trainer --config FILE`."""
+
+    run_directory: Annotated[str, Field(min_length=1)]
+    """Checkpoints, metrics and logs of this run; a local folder or gs://. The same directory resumes."""
+    steps: PositiveInt
+    """Optimizer steps of the whole run."""
+    seed: Annotated[NonNegativeInt, Field(lt=2**31)] = 0
+    model: Model
+    batch: Batch
+    mesh: Mesh = Mesh()
+    optimizer: Optimizer = AdamW()
+    schedule: Schedule
+    loss: Loss = Loss()
+    data: Data
+    eval: Eval | None = None
+    checkpoint: Checkpoint = Checkpoint()
+    metrics: Metrics = Metrics()
+    profiler: Profiler | None = None
+    compile_cache: str | None = None
+    """Folder or gs:// path of JAX's persistent compile cache; process 0 writes."""
+    distributed: Distributed = Distributed()
