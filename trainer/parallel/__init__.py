@@ -1,0 +1,1 @@
+"""Where it is computed: the device mesh and the layout of tensors over it."""
