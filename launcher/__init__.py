@@ -1,0 +1,1 @@
+"""The nnxlaunch launcher: a job spec in, a checked JobSet out, and the verbs to run it."""

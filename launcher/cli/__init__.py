@@ -1,0 +1,101 @@
+"""The command line. A command is a file in this package; it is imported only when it is the one that runs.
+
+A command module defines `command`: a function (its docstring is the help text) or a `typer.Typer` with subcommands.
+It may define `CONTEXT_SETTINGS`, passed on to Typer, and `EXAMPLES`, shown below its help.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, Final, NoReturn
+
+import typer
+
+from launcher.errors import NnxlaunchError, report
+
+COMMANDS: Final[dict[str, str]] = {
+    "init": "Write a commented starter spec.",
+    "validate": "Check a job spec; print every problem at once.",
+    "render": "Print the Kubernetes manifests of a job spec.",
+    "explain": "Show what a job spec means: devices, mesh, memory, timeouts, exit codes.",
+    "types": "List the accelerator types and their arithmetic.",
+    "submit": "Start a job from a spec.",
+    "status": "Show how a job is doing.",
+    "list": "List jobs.",
+    "logs": "Print or follow the logs of a job.",
+    "wait": "Wait until a job ends; the exit code tells how.",
+    "cancel": "Stop a job and remove it.",
+    "image": "Build or push the trainer image.",
+    "data": "Prepare the tokenised, packed data cache.",
+    "export": "Write a checkpoint as Hugging Face safetensors.",
+}
+
+_EXAMPLES: Final = """Examples:
+
+\b
+  nnxlaunch init > job.yaml                  a starter spec
+  nnxlaunch validate job.yaml                every problem at once
+  nnxlaunch render job.yaml                  the manifests, nothing is sent
+  nnxlaunch submit job.yaml --backend local  run it on this machine
+  nnxlaunch logs my-run -f                   follow it
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit; with None, the arguments of this process."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(_chosen(words))(args=words, prog_name="nnxlaunch")
+    except (NnxlaunchError, ValueError) as error:
+        sys.exit(report(error))
+    raise AssertionError("a Typer app always exits")
+
+
+def app(chosen: str | None = None) -> typer.Typer:
+    """The Typer app with every command in its help and only `chosen` imported."""
+    result = typer.Typer(
+        name="nnxlaunch",
+        help="One checked job spec becomes a running, resumable training job.",
+        epilog=_EXAMPLES,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    )
+    result.callback()(_root)
+    for name, line in COMMANDS.items():
+        if name == chosen:
+            _register(result, name, import_module(f"{__name__}.{name}"))
+        else:
+            result.command(name, help=line)(_unreachable)
+    return result
+
+
+def _root() -> None:
+    pass
+
+
+def _unreachable() -> None:
+    raise AssertionError("only the chosen command runs")
+
+
+def _register(result: typer.Typer, name: str, module: Any) -> None:
+    command: typer.Typer | Callable[..., None] = module.command
+    examples = getattr(module, "EXAMPLES", "")
+    epilog = f"Examples:\n\n\b\n{examples}" if examples else None
+    settings = getattr(module, "CONTEXT_SETTINGS", None)
+    if isinstance(command, typer.Typer):
+        result.add_typer(command, name=name, help=COMMANDS[name], epilog=epilog, no_args_is_help=True)
+    else:
+        result.command(name, epilog=epilog, context_settings=settings)(command)
+
+
+def _chosen(words: Sequence[str]) -> str | None:
+    """The command among `words`, or among the words a shell is completing."""
+    if "_NNXLAUNCH_COMPLETE" in os.environ:
+        line = os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS") or ""
+        words = line.split()[1:]
+    return next((word for word in words if word in COMMANDS), None)

@@ -1,0 +1,28 @@
+"""Results on standard output: a table for people, JSON or YAML for scripts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from launcher.cli.options import Output
+
+
+def emit(data: Any, output: Output) -> None:
+    """Print plain `data` (dicts, lists, strings, numbers) as JSON or YAML."""
+    if output is Output.JSON:
+        print(json.dumps(data, indent=2, ensure_ascii=False))
+    else:
+        from launcher.manifest.yaml import dump
+
+        print(dump(data), end="")
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
+    """`rows` in aligned columns, two spaces apart, under `header` where there is one."""
+    lines = [tuple(header), *map(tuple, rows)] if header else [tuple(row) for row in rows]
+    if not lines:
+        return ""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

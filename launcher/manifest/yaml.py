@@ -1,0 +1,32 @@
+"""The one YAML dump: deterministic, block style, readable multi-line text, no aliases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+
+class _Dumper(yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper):
+    """Safe dumper that repeats a shared value instead of writing an alias, and writes text with line breaks as a block."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def dump(document: Any) -> str:
+    """One document as YAML, keys in the order they were written."""
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1_000_000, allow_unicode=True)
+
+
+def dump_all(documents: Sequence[Any]) -> str:
+    """Several documents, each after a `---` line."""
+    return "".join(f"---\n{dump(document)}" for document in documents)
