@@ -1,0 +1,33 @@
+.PHONY: help run test test-full lint bench image lock
+PY := .venv/bin/python
+export JAX_PLATFORMS ?= cpu
+
+help: ## what you can type
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+run: ## set up, then run the quickstart job on this machine: two processes, a kill and a resume
+	@./setup.sh train
+	@$(PY) -m tests.quickstart
+
+test: ## set up, then all tests that need no cluster
+	@./setup.sh dev
+	@$(PY) -m pytest -m "not full"
+
+test-full: ## the wide grids too
+	@./setup.sh dev
+	@$(PY) -m pytest
+
+lint: ## ruff, ruff format, pyright
+	@./setup.sh dev
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m pyright
+
+bench: ## the measurements of docs/performance.md
+	@./setup.sh dev
+	@$(PY) -m tests.bench
+
+image: ## build the container image for CPU
+	@./setup.sh train
+	@.venv/bin/nnxlaunch image build --target cpu
+
+lock: ## compile requirements/*.txt again (needs uv)
+	@requirements/compile.sh

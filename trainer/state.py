@@ -1,0 +1,143 @@
+"""TrainState: model and optimizer as one unit; its abstract tree, its layout over the mesh, its initial value."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from trainer.config.train import TrainConfig
+from trainer.config.weights import Constant, Normal, Weight, split_repeat, weights
+from trainer.model import create_abstract_model
+from trainer.optim import build_optimizer, build_schedule
+from trainer.parallel.sharding import Layout
+
+Items = dict[str, dict[str, Any]]
+
+
+class RandomKey(nnx.Variable[jax.Array]):
+    """Raw threefry key data, uint32 [2]; keys for dropout and sampling are folded from it, it never advances."""
+
+
+class TrainState(nnx.Module):
+    """Model, optimizer and the run's random key; `optimizer.step` is the one step counter."""
+
+    def __init__(self, model: nnx.Module, optimizer: nnx.Optimizer[Any], key: jax.Array) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.key = RandomKey(key)
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """The state without its values."""
+
+    graphdef: nnx.GraphDef[TrainState]
+    abstract: nnx.State  # leaves jax.ShapeDtypeStruct with sharding
+    shardings: nnx.State  # leaves NamedSharding
+
+
+def describe_state(config: TrainConfig, layout: Layout) -> StateSpec:
+    """Structure, shapes, dtypes and shardings of the state; nothing is computed or allocated."""
+    graphdefs: list[nnx.GraphDef[TrainState]] = []
+
+    def build(params: nnx.State) -> nnx.State:
+        graphdef, state = nnx.split(_train_state(config, nnx.merge(model_def, params)))
+        graphdefs.append(graphdef)
+        return state
+
+    model_def, params = nnx.split(create_abstract_model(config.model), nnx.Param)
+    abstract = jax.eval_shape(build, params)
+    flat = nnx.to_flat_state(abstract)
+    shardings = [(path, variable.replace(_sharding(variable, layout))) for path, variable in flat]
+    placed = [
+        (path, variable.replace(jax.ShapeDtypeStruct(variable.get_value().shape, variable.get_value().dtype, sharding=sharding.get_value())))
+        for (path, variable), (_, sharding) in zip(flat, shardings, strict=True)
+    ]
+    return StateSpec(graphdefs[0], nnx.from_flat_state(placed), nnx.from_flat_state(shardings))
+
+
+def initial_state(config: TrainConfig, spec: StateSpec) -> nnx.State:
+    """The first state of a run, computed where it lives. The same values for every mesh, process count and layer form."""
+
+    def init() -> nnx.State:
+        values = initial_parameters(config)
+        model_def, abstract = nnx.split(create_abstract_model(config.model), nnx.Param)
+        params = [(path, variable.replace(values[join_path(path)])) for path, variable in nnx.to_flat_state(abstract)]
+        return nnx.split(_train_state(config, nnx.merge(model_def, nnx.from_flat_state(params))))[1]
+
+    return jax.jit(init, out_shardings=spec.shardings)()
+
+
+def initial_parameters(config: TrainConfig) -> dict[str, jax.Array]:
+    """Every parameter by path, float32. A weight's key is folded from the seed, its logical path and its repeat."""
+    key = jax.random.key(config.seed, impl="threefry2x32")
+    return {weight.path: _initial(weight, key) for weight in weights(config.model)}
+
+
+def state_items(state: nnx.State) -> Items:
+    """The state as flat dicts of arrays by path: parameters, optimizer state, the rest (step counter and random key)."""
+    items: Items = {"params": {}, "opt": {}, "rest": {}}
+    for path, variable in nnx.to_flat_state(state):
+        item, name = _address(path)
+        items[item][name] = variable.get_value()
+    return items
+
+
+def state_from_items(spec: StateSpec, items: Items) -> nnx.State:
+    """The inverse of `state_items`."""
+    flat = nnx.to_flat_state(spec.abstract)
+    return nnx.from_flat_state([(path, variable.replace(items[item][name])) for path, variable in flat for item, name in [_address(path)]])
+
+
+def join_path(path: tuple[Any, ...]) -> str:
+    """A path of the model's state as the weight table spells it."""
+    return "/".join(str(part) for part in path)
+
+
+def _address(path: tuple[Any, ...]) -> tuple[str, str]:
+    match path:
+        case ("model", *rest):
+            return "params", join_path(tuple(rest))
+        case ("optimizer", "opt_state", *rest):
+            return "opt", join_path(tuple(rest))
+        case _:
+            return "rest", join_path(path)
+
+
+def _train_state(config: TrainConfig, model: nnx.Module) -> TrainState:
+    by_path = {weight.path: weight for weight in weights(config.model)}
+    decays = [
+        config.optimizer.decay == "all" or by_path[join_path(path)].inputs > 0 for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    ]
+    tx = build_optimizer(config.optimizer, build_schedule(config.schedule, config.steps), decays)
+    key = jax.random.key_data(jax.random.key(config.seed, impl="threefry2x32"))
+    return TrainState(model, nnx.Optimizer(model, tx, wrt=nnx.Param), key)
+
+
+def _sharding(variable: nnx.Variable[Any], layout: Layout) -> NamedSharding:
+    """Derived from the logical axes and the leaf's own shape; a leaf without axes (counters, keys) is replicated."""
+    axes = variable.get_metadata().get("axes")
+    shape = variable.get_value().shape
+    return layout.sharding(axes, shape) if axes is not None and len(axes) == len(shape) else layout.replicated
+
+
+def _initial(weight: Weight, seed: jax.Array) -> jax.Array:
+    path, repeat = split_repeat(weight.path)
+    key = jax.random.fold_in(seed, zlib.crc32(path.encode()))
+
+    def one(repeat: jax.typing.ArrayLike) -> jax.Array:
+        match weight.init:
+            case Normal(stddev):
+                return stddev * jax.random.normal(jax.random.fold_in(key, repeat), weight.layer_shape, jnp.float32)
+            case Constant(value):
+                return jnp.full(weight.layer_shape, value, jnp.float32)
+
+    if weight.layer_dims:
+        return jax.vmap(one)(jnp.arange(weight.shape[0]))
+    return one(repeat or 0)
