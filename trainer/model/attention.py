@@ -1,0 +1,102 @@
+"""Grouped-query causal attention over packed sequences.
+
+B sequences, T query tokens, S key tokens, N query heads = K key/value heads x G queries each, H head dim, D model width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from trainer.config.model import Attention as AttentionSpec
+from trainer.config.model import Block, Rope
+from trainer.model.layers import Params, RmsNorm, add_bias, rope_table, rotate, select, under
+from trainer.parallel.sharding import constrain
+
+# Finite, so that a row can never be all -inf; far below any score in float32.
+MASKED: Final = -1e30
+
+QUERY_AXES: Final = ("batch", "length", "act_heads", None)
+KEY_AXES: Final = ("batch", "length", "act_kv_heads", None)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all layers share: computed once per batch, outside of the scan over layers."""
+
+    valid_BT: jax.Array  # bool; False in padding
+    masks: dict[int | None, jax.Array]  # window -> bool [B, T, S]: query t may see key s
+    tables: dict[tuple[Rope, int], tuple[jax.Array, jax.Array]]  # (rope, head dim) -> cosine and sine [B, T, H/2]
+
+
+def make_context(blocks: list[Block], positions_BT: jax.Array, segments_BT: jax.Array) -> Context:
+    """The masks and rotary tables `blocks` need.
+
+    positions int32: place of a token in its document; segments int32: document number within the row, 0 = padding.
+    """
+    specs = [block.attention for block in blocks]
+    masks = {window: attention_mask(positions_BT, segments_BT, window) for window in dict.fromkeys(spec.window for spec in specs)}
+    keys = dict.fromkeys((spec.rope, spec.head_dim) for spec in specs)
+    tables = {(rope, head_dim): rope_table(positions_BT, rope, head_dim) for rope, head_dim in keys}
+    return Context(segments_BT != 0, masks, tables)
+
+
+def attention_mask(positions_BT: jax.Array, segments_BT: jax.Array, window: int | None) -> jax.Array:
+    """Bool [B, T, S]: same document, not later, and within `window` positions where given.
+
+    Made of positions, not of places in the row, so it holds for any order of the tokens. A token always sees
+    itself; padding sees only padding.
+    """
+    distance_BTS = positions_BT[:, :, None] - positions_BT[:, None, :]
+    mask_BTS = (segments_BT[:, :, None] == segments_BT[:, None, :]) & (distance_BTS >= 0)
+    return mask_BTS if window is None else mask_BTS & (distance_BTS < window)
+
+
+def attend(query_BTNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, mask_BTS: jax.Array, *, soft_cap: float | None) -> jax.Array:
+    """softmax(cap(q k^T)) v with the softmax in float32; queries come scaled. Returns [B, T, N, H] in the dtype of `value`."""
+    B, T, N, H = query_BTNH.shape
+    K = key_BSKH.shape[2]
+    query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H)
+    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", query_BTKGH, key_BSKH, preferred_element_type=jnp.float32)
+    if soft_cap is not None:
+        scores_BKGTS = soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
+    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(value_BSKH.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, value_BSKH).reshape(B, T, N, H)
+
+
+class Attention(nnx.Module):
+    """Projections, optional query/key norm, rotary embedding, attention, output projection."""
+
+    def __init__(self, spec: AttentionSpec, params: Params) -> None:
+        self.spec = spec
+        self.query, self.key, self.value, self.out = params["query"], params["key"], params["value"], params["out"]
+        self.query_bias, self.key_bias, self.value_bias = (params.get(f"{name}_bias") for name in ("query", "key", "value"))
+        self.out_bias = params.get("out_bias")
+        norm = spec.qk_norm
+        self.query_norm = None if norm is None else RmsNorm(norm, under(params, "query_norm"))
+        self.key_norm = None if norm is None else RmsNorm(norm, under(params, "key_norm"))
+
+    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        table = context.tables[self.spec.rope, self.spec.head_dim]
+        query_BTNH = self.project(x_BTD, self.query, self.query_bias, self.query_norm, table) / math.sqrt(self.spec.head_dim)
+        key_BTKH = self.project(x_BTD, self.key, self.key_bias, self.key_norm, table)
+        value_BTKH = add_bias(jnp.einsum("BTD,DKH->BTKH", x_BTD, self.value[...]), self.value_bias)
+        query_BTNH = constrain(query_BTNH.astype(x_BTD.dtype), QUERY_AXES)
+        key_BTKH = constrain(select(context.valid_BT, key_BTKH.astype(x_BTD.dtype)), KEY_AXES)
+        value_BTKH = constrain(select(context.valid_BT, value_BTKH), KEY_AXES)
+        mixed_BTNH = attend(query_BTNH, key_BTKH, value_BTKH, context.masks[self.spec.window], soft_cap=self.spec.soft_cap)
+        mixed_BTNH = constrain(mixed_BTNH, QUERY_AXES)
+        return add_bias(jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, self.out[...]), self.out_bias)
+
+    def project(
+        self, x_BTD: jax.Array, kernel: nnx.Param, bias: nnx.Param | None, norm: RmsNorm | None, table: tuple[jax.Array, jax.Array]
+    ) -> jax.Array:
+        """Queries or keys with norm and rotation applied, float32 [B, T, N or K, H]."""
+        heads_BTNH = add_bias(jnp.einsum("BTD,DNH->BTNH", x_BTD, kernel[...]), bias)
+        return rotate(heads_BTNH if norm is None else norm(heads_BTNH), table)

@@ -1,0 +1,159 @@
+"""The decoder-only transformer, built from its config's segments. It knows logical axes and no mesh.
+
+B sequences, T tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from trainer.config.model import Block as BlockSpec
+from trainer.config.model import Model, Segment
+from trainer.config.weights import join_repeat, weights
+from trainer.model.attention import Attention, Context, make_context
+from trainer.model.layers import Mlp, Params, RmsNorm, lookup, select, under
+from trainer.parallel.sharding import constrain
+
+HIDDEN_AXES: Final = ("batch", "length", "act_embed")
+
+# What the backward pass keeps of a block; the block's input is always kept.
+REMAT: Final[dict[str, Callable[..., bool]]] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+}
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and pre-norm MLP, each with a residual connection."""
+
+    def __init__(self, spec: BlockSpec, params: Params) -> None:
+        self.attention_norm = RmsNorm(spec.norm, under(params, "attention_norm"))
+        self.attention = Attention(spec.attention, under(params, "attention"))
+        self.mlp_norm = RmsNorm(spec.norm, under(params, "mlp_norm"))
+        self.mlp = Mlp(spec.mlp, under(params, "mlp"))
+
+    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        x_BTD = select(context.valid_BT, constrain(x_BTD, HIDDEN_AXES))
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context)
+        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return constrain(x_BTD, HIDDEN_AXES)
+
+
+class Transformer(nnx.Module):
+    """Tokens in, logits out. Its parameters are those of `trainer.config.weights`, under the same paths."""
+
+    def __init__(self, spec: Model, params: Params) -> None:
+        self.spec = spec
+        self.embed = nnx.Dict(under(params, "embed"))
+        self.segments = nnx.List([_segment(spec, index, params) for index in range(len(spec.segments))])
+        self.final_norm = RmsNorm(spec.final_norm, under(params, "final_norm"))
+        self.head = nnx.Dict(under(params, "head"))
+
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        """Logits, float32 [B, T, V].
+
+        tokens int32; positions int32, counted from 0 in each document; segments int32, the document's number in
+        its row from 1, 0 in padding. Padding may hold any token id. An id outside of the vocabulary elsewhere gives NaN.
+        """
+        return self.logits(self.hidden(tokens_BT, positions_BT, segments_BT), segments_BT)
+
+    def hidden(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        """The last block's output after the final norm, compute dtype [B, T, D]. Arguments as of a call."""
+        with jax.default_matmul_precision(self.spec.matmul_precision):
+            context = make_context([block for segment in self.spec.segments for block in segment.pattern], positions_BT, segments_BT)
+            x_BTD = self.embedding(tokens_BT, context.valid_BT)
+            for segment, positions in zip(self.spec.segments, self.segments, strict=True):
+                x_BTD = self.run_segment(segment, positions, x_BTD, context)
+            return self.final_norm(select(context.valid_BT, x_BTD))
+
+    def embedding(self, tokens_BT: jax.Array, valid_BT: jax.Array) -> jax.Array:
+        """Embedded tokens, compute dtype [B, T, D]."""
+        tokens_BT = jnp.where(valid_BT, tokens_BT, 0)
+        return constrain(lookup(self.embed["table"][...], tokens_BT, jnp.dtype(self.spec.compute_dtype)), HIDDEN_AXES)
+
+    def run_segment(self, segment: Segment, positions: nnx.List, x_BTD: jax.Array, context: Context) -> jax.Array:
+        """All repeats of one segment's pattern."""
+        if self.spec.layers == "scan":
+            graphdef, stacked = self.split(positions)
+            x_BTD, _ = jax.lax.scan(lambda x, params: (self.run_pattern(graphdef, params, x, context), None), x_BTD, stacked)
+            return x_BTD
+        for repeat in range(segment.repeats):
+            graphdef, params = self.split(nnx.List([blocks[repeat] for blocks in positions]))
+            x_BTD = self.run_pattern(graphdef, params, x_BTD, context)
+        return x_BTD
+
+    def run_pattern(self, graphdef: nnx.GraphDef[nnx.List], params: nnx.State, x_BTD: jax.Array, context: Context) -> jax.Array:
+        """One repeat of a pattern; each block is rematerialised on its own."""
+        for block in nnx.merge(graphdef, params):
+            x_BTD = self.run_block(block, x_BTD, context)
+        return x_BTD
+
+    def run_block(self, block: Block, x_BTD: jax.Array, context: Context) -> jax.Array:
+        if self.spec.remat == "none":
+            return block(x_BTD, context)
+        graphdef, params = nnx.split(block)
+
+        def pure(params: nnx.State, x_BTD: jax.Array) -> jax.Array:
+            return nnx.merge(graphdef, params)(x_BTD, context)
+
+        # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
+        in_scan = self.spec.layers == "scan"
+        return jax.checkpoint(pure, policy=REMAT[self.spec.remat], prevent_cse=not in_scan)(params, x_BTD)
+
+    def split(self, blocks: nnx.List) -> tuple[nnx.GraphDef[nnx.List], nnx.State]:
+        """Graph and parameters, matmul kernels in compute dtype and still laid out as stored.
+
+        The cast comes before a layer is taken out, so that it is done once and a sharded kernel is gathered in
+        compute dtype.
+        """
+        graphdef, params = nnx.split(blocks)
+        dtype = jnp.dtype(self.spec.compute_dtype)
+
+        def cast(param: nnx.Param) -> nnx.Param:
+            if not param.inputs or param[...].dtype == dtype:
+                return param
+            return param.replace(constrain(param[...].astype(dtype), param.axes))
+
+        return graphdef, jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+    def logits(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        """Unnormalised log probabilities of the next token, float32 [B, T, V], of what `hidden` returns."""
+        x_BTD = select(segments_BT != 0, x_BTD)
+        kernel, subscripts = (self.embed["table"], "BTD,VD->BTV") if self.spec.tie_embeddings else (self.head["kernel"], "BTD,DV->BTV")
+        with jax.default_matmul_precision(self.spec.matmul_precision):
+            weights = constrain(kernel[...].astype(x_BTD.dtype), kernel.axes)
+            logits_BTV = jnp.einsum(subscripts, x_BTD, weights, preferred_element_type=jnp.float32)
+        if self.spec.head_soft_cap is not None:
+            logits_BTV = self.spec.head_soft_cap * jnp.tanh(logits_BTV / self.spec.head_soft_cap)
+        return constrain(logits_BTV, ("batch", "length", "act_vocab"))
+
+
+def create_abstract_model(model: Model) -> Transformer:
+    """The model with a `jax.ShapeDtypeStruct` (float32) in each parameter: nothing is computed or traced.
+
+    Each `nnx.Param` carries the metadata `axes`, `init` and `inputs` of its `trainer.config.weights.Weight`.
+    """
+    return Transformer(model, {
+        weight.path: nnx.Param(jax.ShapeDtypeStruct(weight.shape, jnp.float32), axes=weight.axes, init=weight.init, inputs=weight.inputs)
+        for weight in weights(model)
+    })  # fmt: skip
+
+
+def _segment(spec: Model, index: int, params: Params) -> nnx.List:
+    """Blocks by position in the pattern; unrolled: a list of blocks by repeat at each position."""
+    segment = spec.segments[index]
+    positions: list[nnx.Module] = []
+    for position, block in enumerate(segment.pattern):
+        path = f"segments/{index}/{position}"
+        if spec.layers == "scan":
+            positions.append(Block(block, under(params, path)))
+        else:
+            repeats = range(segment.repeats)
+            positions.append(nnx.List([Block(block, under(params, join_repeat(path, repeat))) for repeat in repeats]))
+    return nnx.List(positions)
