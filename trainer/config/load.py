@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from trainer.config.base import dotted, known_keys, near_miss
+from trainer.config.base import dotted, known_keys, locate, near_miss
 from trainer.config.presets import merge
 from trainer.config.problem import ConfigError, Problem
 from trainer.config.train import TrainConfig
 
 MAX_DOCUMENT_BYTES = 1_000_000
 MAX_DEPTH = 40
-M = TypeVar("M", bound=BaseModel)
 
 
 class _Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  # type: ignore[misc]
@@ -51,7 +50,8 @@ class _Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  
 def parse_document(text: str | bytes, *, name: str) -> dict[str, Any]:
     """The mapping in `text` (YAML, of which JSON is a part). Raises ConfigError for anything else."""
     if len(text) > MAX_DOCUMENT_BYTES:
-        raise ConfigError([_document(name, f"larger than {MAX_DOCUMENT_BYTES:,} bytes", "a spec is a few kilobytes; is this the right file?")])
+        hint = "a spec is a few kilobytes; is this the right file?"
+        raise ConfigError([_document(name, f"larger than {MAX_DOCUMENT_BYTES:,} bytes", hint)])
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
@@ -96,12 +96,29 @@ def apply_overrides(document: dict[str, Any], overrides: Iterable[str]) -> dict[
     return document
 
 
-def validate(model: type[M], document: Any) -> M:
+def validate[M: BaseModel](model: type[M], document: Any) -> M:
     """`document` as `model`. Raises ConfigError with every problem, each with its path and the nearest known key."""
     try:
         return model.model_validate(document)
     except ValidationError as error:
-        raise ConfigError([_problem(model, detail) for detail in error.errors(include_url=False)]) from None
+        raise ConfigError(problems_of(model, error)) from None
+
+
+def problems_of(model: type[BaseModel], error: ValidationError) -> list[Problem]:
+    """Every problem in pydantic's words turned into ours, without those that only follow from another."""
+    details = error.errors(include_url=False)
+    places = [detail["loc"] for detail in details]
+    found: list[Problem] = []
+    for detail in details:
+        here = detail["loc"]
+        if detail["type"] == "too_short" and any(len(other) > len(here) and other[: len(here)] == here for other in places):
+            continue  # the items are there, but each has its own problem
+        inner = detail.get("ctx", {}).get("error")
+        if isinstance(inner, ConfigError):
+            found += [problem.under(dotted(locate(model, here)[0])) if here else problem for problem in inner.problems]
+        else:
+            found.append(_problem(model, detail))
+    return found
 
 
 def load_train_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
@@ -109,19 +126,48 @@ def load_train_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainC
 
 
 def _problem(model: type[BaseModel], detail: Any) -> Problem:
-    location, kind, value = detail["loc"], detail["type"], detail.get("input")
+    kind, value, context = detail["type"], detail.get("input"), detail.get("ctx", {})
+    location, expected = locate(model, detail["loc"])
     message = detail["msg"].removeprefix("Value error, ")
-    hint = ""
+    message, hint = f"{message[:1].lower()}{message[1:]}", ""
     if kind == "extra_forbidden":
-        known = [key for key in known_keys(model, location[:-1]) if key]
+        known = known_keys(locate(model, detail["loc"][:-1])[1] if len(detail["loc"]) > 1 else model)
         close = near_miss(str(location[-1]), known)
-        message = f"unknown key {location[-1]!r}"
+        message = f"unknown key {_short(location[-1])}"
         hint = f"did you mean {close!r}?" if close else f"known keys: {', '.join(known)}"
     elif kind == "missing":
         message = "is required"
+    elif kind in ("union_tag_not_found", "union_tag_invalid"):
+        location = (*location, context["discriminator"].strip("'"))
+        choices = [tag.strip("' ") for tag in context.get("expected_tags", "").split(",") if tag] or _tags(expected)
+        given = context.get("tag")
+        close = near_miss(given, choices) if given else None
+        message = f"unknown kind {_short(given)}" if given else "is required"
+        hint = f"did you mean {close!r}?" if close else f"one of: {', '.join(choices)}"
+    elif kind in ("model_type", "model_attributes_type", "dict_type"):
+        known = known_keys(expected)
+        message = f"must be a mapping of keys, not {_kind(value)}"
+        hint = f"known keys: {', '.join(known)}" if known else ""
+    elif kind == "literal_error":
+        choices = [choice.strip("' ") for choice in context["expected"].replace(" or ", ", ").split(",")]
+        close = near_miss(value, choices) if isinstance(value, str) else None
+        message, hint = f"{message}, got {_short(value)}", f"did you mean {close!r}?" if close else ""
     elif isinstance(value, str | int | float | bool) or value is None:
-        message = f"{message[:1].lower()}{message[1:]}, got {_short(value)}"
-    return Problem(path=dotted(location), message=message, hint=hint, code=kind, value=value if isinstance(value, str | int | float) else None)
+        message = f"{message}, got {_short(value)}"
+    shown = value if isinstance(value, str | int | float) else None
+    return Problem(path=dotted(location), message=message, hint=hint, code=kind, value=shown)
+
+
+def _tags(expected: Any) -> list[str]:
+    annotation = getattr(expected, "annotation", expected)
+    members = get_args(annotation) or (annotation,)
+    fields = [getattr(member, "model_fields", {}) for member in members]
+    return [str(field["type"].default) for field in fields if "type" in field]
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "a mapping", list: "a list", tuple: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return "nothing" if value is None else names.get(type(value), type(value).__name__)
 
 
 def _short(value: Any) -> str:

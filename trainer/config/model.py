@@ -6,7 +6,7 @@ unrolled. Parameters are addressed by (segment, position in the pattern, repeat)
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -97,6 +97,8 @@ class Segment(Node):
 
 class Model(Node):
     """A decoder-only transformer. `preset: NAME` fills everything; other keys override it."""
+
+    accepted_keys: ClassVar = ("preset",)
 
     vocab_size: PositiveInt
     width: PositiveInt

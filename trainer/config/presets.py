@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from trainer.config.base import near_miss
+from trainer.config.problem import ConfigError, Problem
 
 
 def preset_names() -> list[str]:
@@ -23,11 +24,12 @@ def _text(name: str) -> str:
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """The preset as a fresh dict. Raises ValueError with the nearest name for an unknown one."""
+    """The preset as a fresh dict. Raises ConfigError with the nearest name for an unknown one."""
     known = preset_names()
     if name not in known:
         close = near_miss(name, known)
-        raise ValueError(f"unknown preset {name!r}" + (f"; did you mean {close!r}?" if close else "") + f" Known: {', '.join(known)}")
+        hint = f"did you mean {close!r}?" if close else f"one of: {', '.join(known)}"
+        raise ConfigError([Problem(path="preset", message=f"unknown preset {name[:80]!r}", hint=hint, code="preset", value=name)])
     return yaml.safe_load(_text(name))
 
 
