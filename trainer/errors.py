@@ -7,6 +7,7 @@ TrainerError
 ├── NumericsError      NaN or Inf in loss or gradients (77)
 ├── Preempted          asked to leave; whatever could be saved is committed (75)
 ├── PeerLost           another process vanished or never came (76)
+├── WorldError         the processes do not form one world: a duplicate, a wrong count, another version (64)
 └── NoProgress         several attempts started at the same committed step (70)
 `trainer.config.ConfigError` (a ValueError, 64) stands beside it because the launcher raises it too.
 """
@@ -46,6 +47,10 @@ class Preempted(TrainerError):
 
 class PeerLost(TrainerError):
     exit_code = Exit.PEER
+
+
+class WorldError(TrainerError):
+    exit_code = Exit.CONFIG
 
 
 class NoProgress(TrainerError):
