@@ -15,16 +15,10 @@ class Output(StrEnum):
     YAML = "yaml"
 
 
-class Backend(StrEnum):
-    KUBERNETES = "kubernetes"
-    LOCAL = "local"
-
-
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The job spec, a YAML file; `-` reads standard input.")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="A.B=VALUE", help="Override one key of the spec; may be repeated.")]
 OutputFormat = Annotated[Output, typer.Option("--output", "-o", help="Form of the result on standard output.")]
 JobName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the job.")]
-BackendName = Annotated[Backend, typer.Option("--backend", "-b", help="Where the job runs.")]
 Namespace = Annotated[str | None, typer.Option("--namespace", "-n", help="Kubernetes namespace; default: the context's.")]
 Context = Annotated[str | None, typer.Option("--context", help="Context of the kubeconfig; default: the current one.")]
 Kubeconfig = Annotated[Path | None, typer.Option("--kubeconfig", help="Kubeconfig file; default: $KUBECONFIG or ~/.kube/config.")]

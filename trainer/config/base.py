@@ -95,6 +95,8 @@ def _members(annotation: Any) -> list[Any]:
 
 def _chosen(members: list[Any], discriminator: str | None, label: int | str) -> Any:
     for member in members:
+        if get_origin(member) is Annotated and any(getattr(item, "tag", None) == label for item in member.__metadata__):
+            return get_args(member)[0]
         name = member.model_fields[discriminator].default if discriminator and _is_model(member) else getattr(member, "__name__", None)
         if name == label:
             return member

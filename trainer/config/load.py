@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -96,15 +96,18 @@ def apply_overrides(document: dict[str, Any], overrides: Iterable[str]) -> dict[
     return document
 
 
-def validate[M: BaseModel](model: type[M], document: Any) -> M:
-    """`document` as `model`. Raises ConfigError with every problem, each with its path and the nearest known key."""
+def validate[M: BaseModel](model: type[M], document: Any, *, hidden: Collection[str] = ()) -> M:
+    """`document` as `model`. Raises ConfigError with every problem, each with its path and the nearest known key.
+
+    Values below the top-level keys in `hidden` are never repeated in a message.
+    """
     try:
         return model.model_validate(document)
     except ValidationError as error:
-        raise ConfigError(problems_of(model, error)) from None
+        raise ConfigError(problems_of(model, error, hidden=hidden)) from None
 
 
-def problems_of(model: type[BaseModel], error: ValidationError) -> list[Problem]:
+def problems_of(model: type[BaseModel], error: ValidationError, *, hidden: Collection[str] = ()) -> list[Problem]:
     """Every problem in pydantic's words turned into ours, without those that only follow from another."""
     details = error.errors(include_url=False)
     places = [detail["loc"] for detail in details]
@@ -117,7 +120,7 @@ def problems_of(model: type[BaseModel], error: ValidationError) -> list[Problem]
         if isinstance(inner, ConfigError):
             found += [problem.under(dotted(locate(model, here)[0])) if here else problem for problem in inner.problems]
         else:
-            found.append(_problem(model, detail))
+            found.append(_problem(model, detail, show=not here or here[0] not in hidden))
     return found
 
 
@@ -125,7 +128,7 @@ def load_train_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainC
     return validate(TrainConfig, apply_overrides(read_document(path), overrides))
 
 
-def _problem(model: type[BaseModel], detail: Any) -> Problem:
+def _problem(model: type[BaseModel], detail: Any, *, show: bool) -> Problem:
     kind, value, context = detail["type"], detail.get("input"), detail.get("ctx", {})
     location, expected = locate(model, detail["loc"])
     message = detail["msg"].removeprefix("Value error, ")
@@ -152,9 +155,11 @@ def _problem(model: type[BaseModel], detail: Any) -> Problem:
         choices = [choice.strip("' ") for choice in context["expected"].replace(" or ", ", ").split(",")]
         close = near_miss(value, choices) if isinstance(value, str) else None
         message, hint = f"{message}, got {_short(value)}", f"did you mean {close!r}?" if close else ""
-    elif isinstance(value, str | int | float | bool) or value is None:
+    elif kind == "string_type":
+        message, hint = f"must be text, not {_kind(value)}", "put it in quotes" if isinstance(value, str | int | float) else ""
+    elif show and (isinstance(value, str | int | float | bool) or value is None):
         message = f"{message}, got {_short(value)}"
-    shown = value if isinstance(value, str | int | float) else None
+    shown = value if show and isinstance(value, str | int | float) else None
     return Problem(path=dotted(location), message=message, hint=hint, code=kind, value=shown)
 
 

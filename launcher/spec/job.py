@@ -1,0 +1,128 @@
+"""JobSpec: what a person writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self, cast
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from launcher.spec.accelerator import Cpu, Layout, Tpu
+from launcher.spec.capacity import CapacityField, Exclusive, NoPlacement, OnDemand, Placement, PlacementField, QueueField, Spot, shorthand
+from launcher.spec.pod import EnvValue, Image, Network, Resources, Text, Volume
+from trainer.config import TrainConfig
+from trainer.config.base import Node, NonNegativeInt
+
+Security = Literal["restricted", "root_no_caps", "privileged"]
+
+
+class Failure(Node):
+    """What happens when a process ends badly; `nnxlaunch explain` prints what each exit code does."""
+
+    max_restarts: NonNegativeInt = 10
+    """Restarts that count: crashes, lost peers, out of memory."""
+    mode: Literal["smart", "strict", "simple"] = "smart"
+    """`smart`: preemption is free, an error in the program or config ends the job, the rest is restarted up to
+    `max_restarts` (JobSet 0.10 and later). `strict`: the same, but preemption counts (JobSet 0.7 and later).
+    `simple`: every failure is restarted, up to `max_restarts`."""
+
+
+def _with_text_keys(value: Any) -> Any:
+    return {str(key): item for key, item in cast("dict[Any, Any]", value).items()} if isinstance(value, dict) else value
+
+
+class JobSpec(Node):
+    """One training job. `train.run_directory` is `directory`/`name`; `train.data.cache_directory` defaults to `directory`/data."""
+
+    name: Text
+    """Name of the job and of its run directory."""
+    tpu: Tpu | None = None
+    cpu: Cpu | None = None
+    image: Annotated[Image, shorthand("reference")] | None = None
+    """Default: the image of this release for the accelerator, as `nnxlaunch image build` names it."""
+    directory: Text
+    """Folder (local or gs://) under which runs and the data cache are kept."""
+    train: TrainConfig
+    """The TrainConfig itself, or the path of a file with it, relative to the spec."""
+    env: Annotated[dict[Text, EnvValue], BeforeValidator(_with_text_keys)] = Field(default_factory=dict)
+    """Environment variables: text, or `{secretKeyRef: {name, key}}`. Never a secret itself."""
+    queue: QueueField | None = None
+    priority: str | None = None
+    """A PriorityClass for the pods."""
+    capacity: CapacityField = OnDemand()
+    failure: Failure = Failure()
+    security: Security = "restricted"
+    """`restricted`: no root, no capabilities, read-only root file system. `root_no_caps`: the same as root, where a node
+    gives TPU devices to root only. `privileged`: everything; for debugging tools and host networking."""
+    volumes: tuple[Volume, ...] = ()
+    resources: Resources = Resources()
+    network: Network = Network()
+    grace_seconds: Annotated[int, Field(ge=1, le=3600)] | None = None
+    """Time between SIGTERM and SIGKILL. Default: 25 on spot capacity, else 120."""
+    placement: PlacementField | None = None
+    """Default: exclusive node pools for multi-host TPU slices, none otherwise."""
+    ttl_seconds: NonNegativeInt | None = 43_200
+    """A finished job is deleted after this long; null keeps it."""
+    labels: Annotated[dict[str, str], BeforeValidator(_with_text_keys)] = Field(default_factory=dict)
+    annotations: Annotated[dict[str, str], BeforeValidator(_with_text_keys)] = Field(default_factory=dict)
+    service_account: str | None = None
+    """An existing service account, for example one with access to the bucket. Default: one without any rights is created."""
+    scheduler: str | None = None
+    jobset_version: Annotated[str, Field(pattern=r"^[0-9]{1,3}\.[0-9]{1,3}$")] = "0.10"
+    """Oldest JobSet release the job must run on; fields it does not know are an error."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _directories(cls, data: Any) -> Any:
+        """Fill in what the spec already says about the trainer's directories."""
+        if not isinstance(data, dict):
+            return data
+        spec = cast("dict[str, Any]", data)
+        train, directory, name = spec.get("train"), spec.get("directory"), spec.get("name")
+        if not isinstance(train, dict) or not isinstance(directory, str) or not isinstance(name, str):
+            return spec
+        filled = {"run_directory": run_directory(directory, name), **cast("dict[str, Any]", train)}
+        if isinstance(filled.get("data"), dict):
+            filled["data"] = {"cache_directory": f"{directory.rstrip('/')}/data", **cast("dict[str, Any]", filled["data"])}
+        return {**spec, "train": filled}
+
+    @model_validator(mode="after")
+    def _one_accelerator(self) -> Self:
+        if (self.tpu is None) == (self.cpu is None):
+            raise ValueError("give either `tpu` or `cpu`")
+        return self
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Slices, hosts and devices. Raises launcher.tpu.TpuError when there is no such TPU."""
+        if self.tpu is not None:
+            tpu = self.tpu.slice()
+            slices, hosts, devices = self.tpu.slices, tpu.hosts, tpu.devices_per_host
+            return Layout(target="tpu", slices=slices, hosts_per_slice=hosts, devices_per_host=devices, tpu=tpu)
+        cpu = self.cpu or Cpu()
+        return Layout(target="cpu", slices=cpu.slices, hosts_per_slice=cpu.hosts, devices_per_host=cpu.devices_per_host, tpu=None)
+
+    @property
+    def grace(self) -> int:
+        """Seconds between SIGTERM and SIGKILL."""
+        return self.grace_seconds or (25 if isinstance(self.capacity, Spot) else 120)
+
+    @property
+    def placed(self) -> Placement:
+        """The placement, with its default."""
+        if self.placement is not None:
+            return self.placement
+        return Exclusive() if self.layout.target == "tpu" and self.layout.hosts_per_slice > 1 else NoPlacement()
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits that change when anything in the spec does."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run_directory(directory: str, name: str) -> str:
+    """Where a job of this name keeps its checkpoints, metrics and logs."""
+    return f"{directory.rstrip('/')}/{name}"

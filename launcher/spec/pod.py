@@ -1,0 +1,116 @@
+"""What a pod gets: image, environment, volumes, resources, network."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+
+from trainer import contract
+from trainer.config.base import Node, PositiveInt
+
+Text = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class Image(Node):
+    """A container image that runs `python -m trainer`. `image: NAME` is enough."""
+
+    reference: Text
+    """Such as `registry/project/trainer@sha256:...`; a digest makes every restart run the same code."""
+    pull_policy: Literal["always", "if_not_present", "never"] | None = None
+    """Default: `always` for a tag of a registry, `if_not_present` for a digest or a name without a registry."""
+    pull_secrets: tuple[Text, ...] = ()
+    """Secrets with registry credentials, by name."""
+
+
+class SecretKey(Node):
+    name: Text
+    """Name of a Kubernetes Secret in the job's namespace."""
+    key: Text
+
+
+class FromSecret(Node):
+    """The value comes from a Secret; the spec never holds it."""
+
+    secretKeyRef: SecretKey  # noqa: N815  (Kubernetes' own word)
+
+
+def _kind_of_value(value: Any) -> str:
+    return "secret" if isinstance(value, dict | FromSecret) else "text"
+
+
+EnvValue = Annotated[Annotated[str, Tag("text")] | Annotated[FromSecret, Tag("secret")], Discriminator(_kind_of_value)]
+
+
+class _Volume(Node):
+    mount_path: Text
+    """Absolute path in the container."""
+    read_only: bool = False
+
+
+class GcsFuse(_Volume):
+    """A bucket mounted as files. Checkpoints need no mount: gs:// paths are used directly."""
+
+    type: Literal["gcs"] = "gcs"
+    bucket: Text
+    only_directory: str | None = None
+    """Mount only this directory of the bucket."""
+    mount_options: tuple[Text, ...] = ()
+
+
+class Claim(_Volume):
+    """A PersistentVolumeClaim that exists."""
+
+    type: Literal["pvc"] = "pvc"
+    claim: Text
+
+
+class Memory(_Volume):
+    """Files in the host's memory; lost with the pod."""
+
+    type: Literal["memory"] = "memory"
+    size_gib: PositiveInt
+
+
+class EmptyDirectory(_Volume):
+    """Files on the host's disk; lost with the pod."""
+
+    type: Literal["empty_directory"] = "empty_directory"
+    size_gib: PositiveInt | None = None
+
+
+class HostPath(_Volume):
+    """A directory of the node itself. Refused by restricted and baseline namespaces."""
+
+    type: Literal["host_path"] = "host_path"
+    path: Text
+
+
+Volume = Annotated[GcsFuse | Claim | Memory | EmptyDirectory | HostPath, Field(discriminator="type")]
+
+
+def _quantity(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Quantity = Annotated[str, BeforeValidator(_quantity), Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$", max_length=20)]
+
+
+class Resources(Node):
+    """CPU and memory of the trainer container. Under Kueue the queue must cover what is named here."""
+
+    cpu: Quantity | None = None
+    """Requested CPUs; not a limit."""
+    memory: Quantity | None = None
+    """Requested memory, and the limit above which the kernel kills the pod."""
+
+
+class Network(Node):
+    host_network: bool = False
+    """Use the node's own network. Faster between slices; needs `security: privileged`."""
+    subdomain: Annotated[str, Field(min_length=1, max_length=63)] = "n"
+    """Name of the headless service below which the pods find each other. Short, because it is part of every host name."""
+    coordinator_port: Annotated[int, Field(ge=1024, le=65535)] = contract.COORDINATOR_PORT
+    """Port of JAX's coordination service on the first pod."""
+    isolate: bool = True
+    """Admit connections only from pods of the same job (a NetworkPolicy)."""
