@@ -1,0 +1,70 @@
+"""Floating-point operations of the model, counted exactly. No JAX here.
+
+Convention, as in PaLM (Chowdhery et al. 2022, appendix B) with attention counted as it is masked:
+- a multiply-add is two operations; only matrix products count (norms, activations, softmax and the embedding
+  lookup are below 1 % at any useful size);
+- the backward pass costs twice the forward pass; recomputation by remat does not count (this is MFU, not HFU);
+- query t of a causal layer sees min(t + 1, window) keys, so a full layer costs T (T + 1) / 2 pairs, not T^2;
+- a row counts as one document: borders of packed documents and padding are not subtracted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.config.model import Attention, Block, Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardFlops:
+    """Operations of one forward pass over one sequence."""
+
+    projections: int  # attention's query, key, value and output products
+    attention: int  # scores and weighted sums
+    mlp: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.projections + self.attention + self.mlp + self.head
+
+
+def forward_flops(model: Model, sequence_length: int) -> ForwardFlops:
+    """Operations of one sequence of `sequence_length` tokens."""
+    T, D = sequence_length, model.width
+    layers = [(block, segment.repeats) for segment in model.segments for block in segment.pattern]
+    return ForwardFlops(
+        projections=sum(repeats * 2 * T * _projection_weights(block.attention, D) for block, repeats in layers),
+        attention=sum(repeats * _attention_flops(block.attention, T) for block, repeats in layers),
+        mlp=sum(repeats * 2 * T * _mlp_weights(block, D) for block, repeats in layers),
+        head=2 * T * D * model.vocab_size,
+    )
+
+
+def train_flops(model: Model, sequences: int, sequence_length: int) -> int:
+    """Operations of forward and backward pass over `sequences` sequences: one step, where that is the global batch."""
+    return 3 * sequences * forward_flops(model, sequence_length).total
+
+
+def mfu(*, flops_per_step: float, step_seconds: float, devices: int, peak_tflops_per_device: float) -> float:
+    """Model FLOPs utilisation: the share of the devices' peak that went into the operations counted here."""
+    return flops_per_step / (step_seconds * devices * peak_tflops_per_device * 1e12)
+
+
+def visible_pairs(sequence_length: int, window: int | None) -> int:
+    """Query-key pairs of a causal layer over one sequence: the sum over t of min(t + 1, window)."""
+    T = sequence_length
+    full = min(T, window) if window is not None else T
+    return full * (full + 1) // 2 + (T - full) * full
+
+
+def _projection_weights(attention: Attention, width: int) -> int:
+    return width * attention.head_dim * 2 * (attention.heads + attention.kv_heads)
+
+
+def _attention_flops(attention: Attention, sequence_length: int) -> int:
+    return 2 * 2 * attention.heads * attention.head_dim * visible_pairs(sequence_length, attention.window)
+
+
+def _mlp_weights(block: Block, width: int) -> int:
+    return 3 * width * block.mlp.hidden

@@ -1,0 +1,80 @@
+"""One JSON object a line: the record everything else can be made from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from trainer.checkpoint.storage import open_storage
+from trainer.observe.background import Record
+from trainer.observe.log import open_log
+
+STEM: Final = "metrics"
+SUFFIX: Final = ".jsonl"
+
+
+class JsonLines:
+    """`metrics.jsonl` in a folder, continued by each attempt; `metrics-ATTEMPT-PART.jsonl` on gs://.
+
+    Every line has `kind` (header, step, eval, event), `attempt` and `time` (seconds since 1970). An attempt is
+    one start of the trainer on the run directory, counted from 0: what a resumed run writes again can be told
+    from what it wrote before. NaN and infinities, which JSON lacks, are the strings "NaN", "Infinity", "-Infinity".
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._attempt = next_attempt(directory)
+        self._log = open_log(directory, f"{STEM}-{self._attempt:05d}" if directory.startswith("gs://") else STEM, SUFFIX)
+        if torn(directory):
+            self._log.append(b"\n")  # the record a kill cut short keeps a line of its own
+
+    def write(self, record: Record) -> None:
+        line = {"kind": record["kind"], "attempt": self._attempt, "time": round(time.time(), 3), **record}
+        self._log.append(json.dumps(plain(line), allow_nan=False).encode() + b"\n")
+
+    def flush(self) -> None:
+        self._log.flush()
+
+    def close(self) -> None:
+        self._log.flush(now=True)
+
+
+def next_attempt(directory: str) -> int:
+    """Number of this start of the trainer, from what earlier ones left in `directory`. Raises OSError."""
+    if directory.startswith("gs://"):
+        found = [int(match[1]) for name in open_storage(directory).files() if (match := _OBJECT.fullmatch(name))]
+        return max(found, default=-1) + 1
+    path = Path(directory, STEM + SUFFIX)
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        return 1 + max((int(match[1]) for line in file if (match := _HEADER.match(line))), default=-1)
+
+
+def torn(directory: str) -> bool:
+    """Whether the local file ends in the middle of a line."""
+    path = Path(directory, STEM + SUFFIX)
+    if directory.startswith("gs://") or not path.exists() or not path.stat().st_size:
+        return False
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+
+
+_HEADER: Final = re.compile(rb'\{"kind": "header", "attempt": (\d+),')
+_OBJECT: Final = re.compile(rf"{STEM}-(\d+)-\d+\{SUFFIX}")
+
+
+def plain(value: Any) -> Any:
+    """`value` with floats that JSON cannot say spelled as strings."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

@@ -1,0 +1,51 @@
+"""Step metrics as host values, and step times from the moments steps were seen to finish."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from statistics import median
+from typing import Final
+
+import jax
+
+RECENT_STEPS: Final = 32
+
+
+def start_copy(metrics: Mapping[str, jax.Array]) -> None:
+    """Ask for the values without waiting: the copy to the host starts when the step has made them."""
+    for value in metrics.values():
+        value.copy_to_host_async()
+
+
+def read(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+    """Scalars on the host. Waits until they are computed; the only such read in the training loop."""
+    return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+
+
+class StepClock:
+    """Seconds a step took: the time between the ends of it and of the one before.
+
+    The first step of a process (it compiles) and a step during which something else ran have no time.
+    """
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+
+    def finished(self, now: float) -> float | None:
+        """Seconds of the step that was seen to end at `now`; None where that would not be its own time."""
+        last, self._last = self._last, now
+        if last is None:
+            return None
+        self._recent.append(now - last)
+        return now - last
+
+    def interrupt(self) -> None:
+        """Something besides training took time since the last step ended."""
+        self._last = None
+
+    @property
+    def typical_seconds(self) -> float | None:
+        """Median over the latest steps; None before the first is known."""
+        return median(self._recent) if self._recent else None

@@ -1,0 +1,158 @@
+"""What the loop tells: metrics of each step, evaluations, events; written in the background by the primary process."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
+
+import jax
+
+from trainer import contract
+from trainer.config.flops import mfu
+from trainer.config.train import TrainConfig
+from trainer.observe.background import Background, Writer
+from trainer.observe.console import Console
+from trainer.observe.jsonl import JsonLines
+from trainer.observe.metrics import StepClock, read, start_copy
+from trainer.observe.tensorboard import TensorBoard
+
+CLOSE_SECONDS: Final = 5.0
+"""How long `close` waits for the writers; within the grace of a preempted host."""
+
+
+class Sums(Protocol):
+    """Sums over valid tokens, as `trainer.loss.LossSums`."""
+
+    @property
+    def cross_entropy(self) -> jax.Array: ...
+    @property
+    def tokens(self) -> jax.Array: ...
+
+
+class Reporter:
+    """Turns device metrics into records, one step late, so that the device always has the next step to work on.
+
+    Every process reads its (replicated) metrics, because every process must see a NaN; only the primary writes.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_directory: str,
+        header: Mapping[str, Any],
+        primary: bool,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`header`: what `trainer.observe.make_header` returns. Files are opened in the background; trouble with them is a warning."""
+        self._config = config
+        self._header = header
+        self._clock = clock
+        self._started = clock()
+        self._steps = StepClock()
+        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._first = True
+        self._unlogged: list[float] = []  # seconds of timed steps since the last logged one
+        self._writers = _writers(config, run_directory) if primary else []
+        self._emit({"kind": "header", **header})
+
+    def step(self, step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float] | None:
+        """Take the device metrics of `step`, just dispatched; return and log those of the step before, as `flush` does."""
+        start_copy(metrics)
+        previous = self.flush()
+        self._pending = (step, metrics)
+        return previous
+
+    def flush(self) -> dict[str, float] | None:
+        """Read what is still on the device: the metrics and the number (`step`) of the last step not yet returned; None if there is none.
+
+        Waits for that step. Metrics are float32 scalars, `loss`, `gradient_norm` and `tokens` (valid ones) among them.
+        """
+        if self._pending is None:
+            return None
+        step, metrics = self._pending
+        self._pending = None
+        values = read(metrics)
+        self._log_step(step, values, self._clock())
+        return {"step": step, **values}
+
+    def eval(self, done: int, sums: Sums) -> dict[str, float]:
+        """Log an evaluation after `done` finished steps; waits for it. Returns `loss` (nats a token), `perplexity` and `tokens`."""
+        values = read({"cross_entropy": sums.cross_entropy, "tokens": sums.tokens})
+        tokens = values["tokens"]
+        loss = values["cross_entropy"] / max(tokens, 1.0)
+        result = {"loss": loss, "perplexity": _exp(loss), "tokens": tokens}
+        self._steps.interrupt()
+        self._emit({"kind": "eval", "step": done - 1, "done": done, **result})
+        return result
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Log that something happened; `fields` must be values JSON can say."""
+        self._emit({"kind": "event", "event": kind, **fields})
+
+    @property
+    def dropped(self) -> int:
+        """Records no writer had room for."""
+        return sum(writer.dropped for writer in self._writers)
+
+    def close(self, timeout_seconds: float = CLOSE_SECONDS) -> None:
+        """Write what is queued; give up on a writer that takes longer. A step still on the device is not waited for."""
+        deadline = time.monotonic() + timeout_seconds
+        for writer in self._writers:
+            writer.close(deadline)
+        self._writers = []
+
+    def _log_step(self, step: int, values: dict[str, float], now: float) -> None:
+        seconds = self._steps.finished(now)
+        record: dict[str, Any] = {"kind": "step", "step": step, "done": step + 1, **values}
+        if self._first:
+            self._first = False
+            record["first_step_seconds"] = now - self._started  # compilation and all
+        if seconds is not None:
+            self._unlogged.append(seconds)
+        every, last = self._config.metrics.log_every_steps, self._config.steps - 1
+        if step % every and step != last and "first_step_seconds" not in record and all(map(math.isfinite, values.values())):
+            return
+        if self._unlogged:
+            record |= self._speed(sum(self._unlogged) / len(self._unlogged), values)
+            self._unlogged = []
+        if (typical := self._steps.typical_seconds) is not None:
+            record["eta_seconds"] = typical * (last - step)
+        self._emit(record)
+
+    def _speed(self, seconds: float, values: Mapping[str, float]) -> dict[str, float]:
+        """Throughput at `seconds` a step. `tokens_per_second` counts every position of the batch, padding included."""
+        header = self._header
+        devices, flops = header["devices"], header["flops_per_step"]
+        speed = {
+            "step_seconds": seconds,
+            "tokens_per_second": header["tokens_per_step"] / seconds,
+            "valid_tokens_per_second": values["tokens"] / seconds,
+            "tflops_per_device": flops / seconds / devices["count"] / 1e12,
+        }
+        if (peak := devices["peak_bf16_tflops"]) is not None:
+            speed["mfu"] = mfu(flops_per_step=flops, step_seconds=seconds, devices=devices["count"], peak_tflops_per_device=peak)
+        return speed
+
+    def _emit(self, record: Mapping[str, Any]) -> None:
+        for writer in self._writers:
+            writer.put(record)
+
+
+def _writers(config: TrainConfig, run_directory: str) -> list[Background]:
+    directory = f"{run_directory.rstrip('/')}/{contract.METRICS_FOLDER}"
+    make: dict[str, Callable[[], Writer]] = {
+        "console": lambda: Console(config.steps),
+        "jsonl": lambda: JsonLines(directory),
+        "tensorboard": lambda: TensorBoard(directory),
+    }
+    return [Background(name, make[name]) for name in dict.fromkeys(config.metrics.writers)]
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
