@@ -1,0 +1,204 @@
+"""The backend that talks to a cluster: create, read, watch, follow and delete one job and what belongs to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Final
+
+from launcher.backend.kubernetes_api import CREATABLE, EVENT, JOB, JOBSET, POD, Api, Patience, Resource
+from launcher.backend.kubernetes_errors import TemporarilyUnavailable
+from launcher.backend.kubernetes_login import log_in
+from launcher.backend.kubernetes_logs import LOOK_SECONDS, PATIENCE_SECONDS, Selection, follow_logs, read_logs
+from launcher.backend.kubernetes_queue import GROUP, queued_status, workload_of
+from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Event, JobStatus, LogLine, Manifest, job_status, timestamp
+from launcher.backend.values import items, mapping
+from launcher.errors import AlreadyExists, NotFound, Unavailable
+
+MANAGED_BY: Final = "app.kubernetes.io/managed-by=nnxlaunch"
+
+
+class KubernetesBackend:
+    """Jobs in one namespace of one cluster."""
+
+    def __init__(self, *, context: str | None = None, kubeconfig: str | None = None, namespace: str | None = None) -> None:
+        login = log_in(context=context, kubeconfig=kubeconfig)
+        self._api = Api(login)
+        self.namespace = namespace or login.namespace
+
+    def create(self, manifests: Sequence[Manifest], *, replace: bool = False) -> JobStatus:
+        """Create one job from its manifests; the server checks all of them before the first is made.
+
+        The JobSet is created first, because its name is what two submits compete for, but suspended: nothing starts
+        before its config map, service account and network policy exist. They are owned by the JobSet and go with it.
+        """
+        resources = [(CREATABLE[manifest["apiVersion"], manifest["kind"]], manifest) for manifest in manifests]
+        (jobset,) = (manifest for resource, manifest in resources if resource is JOBSET)
+        name = jobset["metadata"]["name"]
+        for resource, manifest in resources:
+            self._check(resource, manifest, may_exist=replace or resource is not JOBSET)
+        if replace:
+            try:
+                self.delete(name)
+            except NotFound:
+                pass
+        starts_by_itself = not jobset["spec"].get("suspend") and QUEUE_LABEL not in mapping(jobset["metadata"].get("labels"))
+        held = {**jobset, "spec": {**jobset["spec"], "suspend": True}} if starts_by_itself else jobset
+        created = self._api.create(JOBSET, self.namespace, self._placed(held))
+        uid = created["metadata"]["uid"]
+        with ExitStack() as undo:
+            undo.callback(self._api.delete, JOBSET, self.namespace, name, uid=uid)
+            for resource, manifest in resources:
+                if resource is not JOBSET:
+                    self._create_owned(resource, manifest, owner=created)
+            if starts_by_itself:
+                self._api.merge(JOBSET, self.namespace, name, {"spec": {"suspend": False}})
+            undo.pop_all()
+        return self.get(name)
+
+    def get(self, name: str) -> JobStatus:
+        return self._status(self._jobset(name))
+
+    def list(self) -> list[JobStatus]:
+        jobsets = self._api.list(JOBSET, self.namespace, labels=MANAGED_BY)
+        if not jobsets:
+            return []
+        pods, jobs = self._children(None)
+        workloads = self._workloads(jobsets)
+        statuses = [
+            queued_status(
+                job_status(jobset, _of(jobset["metadata"]["name"], pods), _of(jobset["metadata"]["name"], jobs)),
+                workload_of(jobset, workloads),
+            )
+            for jobset in jobsets
+        ]
+        return sorted(statuses, key=lambda status: status.name)
+
+    def delete(self, name: str) -> None:
+        """Dependents first, so that it returns when the pods have ended, their grace period included."""
+        jobset = self._jobset(name)
+        uid = jobset["metadata"]["uid"]
+        self._api.delete(JOBSET, self.namespace, name, uid=uid)
+        patience = Patience(PATIENCE_SECONDS)
+        while True:
+            try:
+                jobset = self._jobset(name)
+                if jobset["metadata"]["uid"] != uid:
+                    return
+                self._api.wait_for_change(JOBSET, jobset, timeout_seconds=LOOK_SECONDS)
+                patience.good()
+            except NotFound:
+                return
+            except TemporarilyUnavailable as error:
+                time.sleep(patience.pause(error))
+
+    def watch(self, name: str, *, timeout_seconds: float | None = None) -> Iterator[JobStatus]:
+        """The JobSet is watched; its pods are looked at when it changes, and every few seconds for why they wait."""
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        patience = Patience(PATIENCE_SECONDS)
+        last: JobStatus | None = None
+        while True:
+            left = LOOK_SECONDS if deadline is None else deadline - time.monotonic()
+            try:
+                jobset = self._jobset(name)
+                status = self._status(jobset)
+                patience.good()
+                if status != last:
+                    yield status
+                last = status
+                if status.state.finished or left <= 0:
+                    return
+                self._api.wait_for_change(JOBSET, jobset, timeout_seconds=min(LOOK_SECONDS, left))
+            except TemporarilyUnavailable as error:
+                if last is None or left <= 0:
+                    raise
+                time.sleep(patience.pause(error))
+
+    def logs(self, name: str, *, follow: bool = False, slice_index: int | None = None, worker: int | None = None) -> Iterator[LogLine]:
+        self._jobset(name)
+        return (follow_logs if follow else read_logs)(self._api, self.namespace, name, Selection(slice_index=slice_index, worker=worker))
+
+    def events(self, name: str) -> Sequence[Event]:
+        pods, jobs = self._children(name)
+        uids = {item["metadata"]["uid"] for item in (self._jobset(name), *pods, *jobs)}
+        own = f"{name}-"  # pods and Jobs of earlier attempts are gone, their events are not
+        found = [
+            _event(raw)
+            for raw in self._api.list(EVENT, self.namespace)
+            if raw["involvedObject"].get("uid") in uids
+            or (raw["involvedObject"]["kind"] in ("Pod", "Job") and raw["involvedObject"]["name"].startswith(own))
+        ]
+        return sorted(found, key=lambda event: (str(event.at), event.about))
+
+    def _jobset(self, name: str) -> Manifest:
+        try:
+            return self._api.get(JOBSET, self.namespace, name)
+        except NotFound:
+            where = f"namespace {self.namespace!r} of {self._api.where}"
+            raise NotFound(f"no job {name!r} in {where}", hint="see what there is with: nnxlaunch list") from None
+
+    def _status(self, jobset: Manifest) -> JobStatus:
+        pods, jobs = self._children(jobset["metadata"]["name"])
+        return queued_status(job_status(jobset, pods, jobs), workload_of(jobset, self._workloads([jobset])))
+
+    def _children(self, name: str | None) -> tuple[list[Manifest], list[Manifest]]:
+        """Pods and Jobs of the job, or of all jobs."""
+        labels = JOBSET_NAME_LABEL if name is None else f"{JOBSET_NAME_LABEL}={name}"
+        return self._api.list(POD, self.namespace, labels=labels), self._api.list(JOB, self.namespace, labels=labels)
+
+    def _workloads(self, jobsets: Sequence[Manifest]) -> list[Manifest]:
+        """Kueue's view, where a job waits for it and this user may read it; nothing depends on having it."""
+        if not any(jobset["spec"].get("suspend") and QUEUE_LABEL in mapping(jobset["metadata"].get("labels")) for jobset in jobsets):
+            return []
+        version = self._api.served_version(GROUP)
+        try:
+            return self._api.list(Resource(version, "Workload", "workloads"), self.namespace) if version else []
+        except (NotFound, Unavailable):
+            return []
+
+    def _check(self, resource: Resource, manifest: Manifest, *, may_exist: bool) -> None:
+        """A dry run on the server: schema, webhooks, quota, permissions. The name is looked at last of all."""
+        try:
+            self._api.create(resource, self.namespace, self._placed(manifest), dry_run=True)
+        except AlreadyExists as error:
+            if not may_exist:
+                name = manifest["metadata"]["name"]
+                raise AlreadyExists(f"a job {name!r} exists already in namespace {self.namespace!r}", hint=error.hint) from None
+
+    def _create_owned(self, resource: Resource, manifest: Manifest, *, owner: Manifest) -> None:
+        """Create it owned by the JobSet; what an earlier job of the same name has left behind gives way."""
+        reference = {key: owner[key] for key in ("apiVersion", "kind")} | {key: owner["metadata"][key] for key in ("name", "uid")}
+        placed = self._placed(manifest)
+        placed["metadata"]["ownerReferences"] = [{**reference, "controller": True, "blockOwnerDeletion": False}]
+        try:
+            self._api.create(resource, self.namespace, placed)
+        except AlreadyExists:
+            name = manifest["metadata"]["name"]
+            present = self._api.get(resource, self.namespace, name)
+            owners = items(present["metadata"].get("ownerReferences"))
+            if not any(o["kind"] == JOBSET.kind and o["name"] == reference["name"] and o["uid"] != reference["uid"] for o in owners):
+                raise AlreadyExists(
+                    f"{resource.kind} {name!r} exists already in namespace {self.namespace!r} and is not this job's",
+                    hint=f"choose another job name, or: kubectl delete {resource.plural} {name} -n {self.namespace}",
+                ) from None
+            self._api.delete(resource, self.namespace, name, uid=present["metadata"]["uid"])
+            self._api.create(resource, self.namespace, placed)
+
+    def _placed(self, manifest: Manifest) -> Manifest:
+        return {**manifest, "metadata": {**manifest["metadata"], "namespace": self.namespace}}
+
+
+def _of(name: str, children: Sequence[Manifest]) -> list[Manifest]:
+    return [child for child in children if child["metadata"]["labels"][JOBSET_NAME_LABEL] == name]
+
+
+def _event(raw: Manifest) -> Event:
+    about = raw["involvedObject"]
+    return Event(
+        at=timestamp(raw.get("lastTimestamp") or raw.get("eventTime") or raw["metadata"].get("creationTimestamp")),
+        warning=raw.get("type") == "Warning",
+        reason=raw.get("reason", ""),
+        message=(raw.get("message") or "").strip(),
+        about=f"{about['kind'].lower()}/{about['name']}",
+    )

@@ -1,0 +1,206 @@
+"""The API server as a few verbs on plain dicts. No typed models: they cost a second to parse what stays a dict here.
+
+Every method raises launcher.errors.Unavailable (TemporarilyUnavailable where trying again may help), NotFound or
+AlreadyExists; `doing` of an error is built from the verb and the object.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import quote
+
+import urllib3
+from kubernetes.client.exceptions import ApiException
+from kubernetes.dynamic import DynamicClient
+
+from launcher.backend.kubernetes_errors import TemporarilyUnavailable, from_connection, from_status
+from launcher.backend.kubernetes_login import Login
+from launcher.backend.status import Manifest
+from launcher.backend.values import mapping
+from launcher.errors import NotFound, Unavailable
+
+CONNECT_SECONDS: Final = 10
+READ_SECONDS: Final = 30
+PAGE: Final = 500
+FIELD_MANAGER: Final = "nnxlaunch"
+
+
+@dataclass(frozen=True)
+class Resource:
+    """A kind of object and where the API serves it."""
+
+    api_version: str
+    kind: str
+    plural: str
+
+    def path(self, namespace: str, name: str = "", sub: str = "") -> str:
+        root = "api" if "/" not in self.api_version else "apis"
+        parts = [root, self.api_version, "namespaces", quote(namespace, safe=""), self.plural]
+        return "/" + "/".join([*parts, *([quote(name, safe="")] if name else []), *([sub] if sub else [])])
+
+
+JOBSET: Final = Resource("jobset.x-k8s.io/v1alpha2", "JobSet", "jobsets")
+JOB: Final = Resource("batch/v1", "Job", "jobs")
+POD: Final = Resource("v1", "Pod", "pods")
+EVENT: Final = Resource("v1", "Event", "events")
+CONFIG_MAP: Final = Resource("v1", "ConfigMap", "configmaps")
+SERVICE_ACCOUNT: Final = Resource("v1", "ServiceAccount", "serviceaccounts")
+NETWORK_POLICY: Final = Resource("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies")
+CREATABLE: Final = {(r.api_version, r.kind): r for r in (JOBSET, CONFIG_MAP, SERVICE_ACCOUNT, NETWORK_POLICY)}
+
+
+class Api:
+    """Verbs on the objects of one cluster."""
+
+    def __init__(self, login: Login) -> None:
+        self.where = login.where
+        self._client: Any = DynamicClient(login.client, discoverer=_discover_nothing)  # untyped
+
+    def get(self, resource: Resource, namespace: str, name: str) -> Manifest:
+        return self._json("get", resource.path(namespace, name), f"read {_said(resource, name)}")
+
+    def list(self, resource: Resource, namespace: str, *, labels: str | None = None) -> list[Manifest]:
+        items: list[Manifest] = []
+        token: str | None = None
+        while True:
+            page = self._json(
+                "get", resource.path(namespace), f"list {resource.plural}", label_selector=labels, limit=PAGE, _continue=token
+            )
+            items.extend(page["items"])
+            token = mapping(page.get("metadata")).get("continue")
+            if not token:
+                return items
+
+    def create(self, resource: Resource, namespace: str, manifest: Manifest, *, dry_run: bool = False) -> Manifest:
+        """Create it, or have the server check that it could be. A field that the server does not know is refused."""
+        return self._json(
+            "post",
+            resource.path(namespace),
+            f"{'check' if dry_run else 'create'} {_said(resource, manifest['metadata']['name'])}",
+            body=manifest,
+            dry_run="All" if dry_run else None,
+            field_manager=FIELD_MANAGER,
+            query_params=[("fieldValidation", "Strict")],
+        )
+
+    def served_version(self, group: str) -> str | None:
+        """`GROUP/VERSION` as the cluster prefers it; None where the group is not served."""
+        try:
+            return self._json("get", f"/apis/{group}", f"look for {group}")["preferredVersion"]["groupVersion"]
+        except (NotFound, Unavailable):
+            return None
+
+    def merge(self, resource: Resource, namespace: str, name: str, change: Manifest) -> Manifest:
+        """Merge `change` into the object (RFC 7386)."""
+        return self._json(
+            "patch",
+            resource.path(namespace, name),
+            f"change {_said(resource, name)}",
+            body=change,
+            content_type="application/merge-patch+json",
+            field_manager=FIELD_MANAGER,
+        )
+
+    def delete(self, resource: Resource, namespace: str, name: str, *, uid: str | None = None) -> None:
+        """Ask for deletion, dependents first. With `uid`, only that very object."""
+        options: Manifest = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Foreground"}
+        if uid:
+            options["preconditions"] = {"uid": uid}
+        self._json("delete", resource.path(namespace, name), f"delete {_said(resource, name)}", body=options)
+
+    def wait_for_change(self, resource: Resource, seen: Manifest, *, timeout_seconds: float) -> None:
+        """Return when the object is no longer as it was `seen`, or after the time."""
+        metadata = seen["metadata"]
+        response = self._request(
+            "get",
+            resource.path(metadata["namespace"]),
+            f"watch {_said(resource, metadata['name'])}",
+            field_selector=f"metadata.name={metadata['name']}",
+            resource_version=metadata["resourceVersion"],
+            timeout_seconds=max(1, round(timeout_seconds)),
+            watch=True,
+            _request_timeout=(CONNECT_SECONDS, timeout_seconds + READ_SECONDS),
+        )
+        try:
+            next(response.stream(), None)
+        except urllib3.exceptions.HTTPError:
+            pass  # the stream was cut: the caller looks again either way
+        finally:
+            response.close()
+
+    def log(self, namespace: str, pod: str, *, container: str, follow: bool, since: str | None = None) -> Iterator[bytes]:
+        """The lines of a container's log, each with its time, without line ends.
+
+        With `follow` it ends when the container has ended, or has been silent for READ_SECONDS: a connection that a
+        gateway has dropped looks like a silent one. Raises TemporarilyUnavailable when the stream is cut.
+        """
+        query = [("container", container), ("timestamps", "true"), ("follow", "true" if follow else "false")]
+        if since:
+            query.append(("sinceTime", since))
+        doing = f"read the log of pod {pod!r}"
+        response = self._request("get", POD.path(namespace, pod, "log"), doing, query_params=query, header_params={"Accept": "*/*"})
+        rest = b""
+        try:
+            for chunk in response.stream():
+                *lines, rest = (rest + chunk).split(b"\n")
+                yield from lines
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            if follow and isinstance(error, urllib3.exceptions.ReadTimeoutError):
+                return
+            raise from_connection(error, doing=doing, where=self.where) from None
+        finally:
+            response.close()
+        if rest:
+            yield rest
+
+    def _json(self, method: str, path: str, doing: str, **parameters: Any) -> Manifest:
+        response = self._request(method, path, doing, **parameters)
+        try:
+            return json.loads(response.data)
+        except urllib3.exceptions.HTTPError as error:
+            raise from_connection(error, doing=doing, where=self.where) from None
+
+    def _request(self, method: str, path: str, doing: str, **parameters: Any) -> urllib3.BaseHTTPResponse:
+        parameters.setdefault("_request_timeout", (CONNECT_SECONDS, READ_SECONDS))
+        try:
+            return self._client.request(method, path, serialize=False, **parameters)
+        except ApiException as untyped:
+            error: Any = untyped
+            if not error.status:  # the client library's form of a TLS failure
+                raise from_connection(error, doing=doing, where=self.where) from None
+            raise from_status(error.status, error.body, doing=doing, where=self.where) from None
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise from_connection(error, doing=doing, where=self.where) from None
+
+
+class Patience:
+    """Counts how long a reader that must not give up at the first fault has met nothing but faults."""
+
+    def __init__(self, limit_seconds: float) -> None:
+        self.limit_seconds = limit_seconds
+        self._since: float | None = None
+        self._pause = 0.5
+
+    def good(self) -> None:
+        self._since, self._pause = None, 0.5
+
+    def pause(self, error: TemporarilyUnavailable) -> float:
+        """Seconds to wait before the next try. Raises `error` when patience is over."""
+        now = time.monotonic()
+        self._since = self._since or now
+        if now - self._since > self.limit_seconds:
+            raise error
+        self._pause = min(self._pause * 2, 15.0)
+        return self._pause
+
+
+def _discover_nothing(*_: Any) -> None:
+    """Paths are known here; asking the server for them costs several requests a command."""
+
+
+def _said(resource: Resource, name: str) -> str:
+    return f"{resource.kind} {name!r}"
