@@ -1,0 +1,126 @@
+"""Who this process is, read from the environment alone. Standard library only.
+
+GKE's TPU variables win where they are: its admission webhook knows the slices. Else the launcher's `NNX_*`
+variables; else the process is alone. JAX's own detection of Kubernetes is never used: it counts the pods of one
+Job, which is wrong for several slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trainer.contract import ATTEMPT, COMPLETION_INDEX, COORDINATOR, COORDINATOR_PORT, HOSTS_PER_SLICE, JOB_INDEX, NUM_SLICES, POD_NAME
+from trainer.errors import WorldError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    source: Literal["gke", "launcher", "alone"]
+    slice_index: int
+    slices: int
+    worker: int  # within its slice
+    hosts_per_slice: int
+    coordinator_host: str  # empty when alone
+    coordinator_port: int
+    attempt: int
+    pod: str  # for messages
+
+    @property
+    def process_index(self) -> int:
+        return self.slice_index * self.hosts_per_slice + self.worker
+
+    @property
+    def process_count(self) -> int:
+        return self.slices * self.hosts_per_slice
+
+    def __str__(self) -> str:
+        return f"process {self.process_index} (slice {self.slice_index}, worker {self.worker}{f', pod {self.pod}' if self.pod else ''})"
+
+
+def rank_from_environment(environment: Mapping[str, str]) -> Rank:
+    """Raises WorldError naming the variable that cannot be."""
+    tpu_workers = _tpu_workers(environment)
+    if tpu_workers is not None:
+        coordinator = environment.get("MEGASCALE_COORDINATOR_ADDRESS") or tpu_workers[0]
+        return _checked(
+            environment,
+            source="gke",
+            slice_index=_number(environment, "MEGASCALE_SLICE_ID", 0),
+            slices=_number(environment, "MEGASCALE_NUM_SLICES", 1),
+            worker=_number(environment, "TPU_WORKER_ID", 0),
+            hosts_per_slice=len(tpu_workers),
+            coordinator_host=coordinator.split(":")[0],
+            coordinator_port=COORDINATOR_PORT,
+        )
+    hosts, slices = _number(environment, HOSTS_PER_SLICE, 1), _number(environment, NUM_SLICES, 1)
+    if hosts * slices == 1:
+        return _checked(environment, source="alone", coordinator_host="", coordinator_port=0)
+    address = environment.get(COORDINATOR, "")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise WorldError(f"{COORDINATOR} is {address!r}, but {slices} slices x {hosts} hosts need the address of process 0 as host:port")
+    return _checked(
+        environment,
+        source="launcher",
+        slice_index=_number(environment, JOB_INDEX, 0),
+        slices=slices,
+        worker=_number(environment, COMPLETION_INDEX, 0),
+        hosts_per_slice=hosts,
+        coordinator_host=host,
+        coordinator_port=int(port),
+    )
+
+
+def attempt_from_environment(environment: Mapping[str, str]) -> int:
+    return _number(environment, ATTEMPT, 0)
+
+
+def _checked(
+    environment: Mapping[str, str],
+    *,
+    source: Literal["gke", "launcher", "alone"],
+    coordinator_host: str,
+    coordinator_port: int,
+    slice_index: int = 0,
+    slices: int = 1,
+    worker: int = 0,
+    hosts_per_slice: int = 1,
+) -> Rank:
+    if slice_index >= slices or worker >= hosts_per_slice:
+        raise WorldError(
+            f"slice {slice_index} of {slices}, worker {worker} of {hosts_per_slice}: no such process",
+            hint=f"{JOB_INDEX}, {NUM_SLICES}, {COMPLETION_INDEX}, {HOSTS_PER_SLICE} (or the TPU runtime's variables) contradict each other",
+        )
+    return Rank(
+        source=source,
+        slice_index=slice_index,
+        slices=slices,
+        worker=worker,
+        hosts_per_slice=hosts_per_slice,
+        coordinator_host=coordinator_host,
+        coordinator_port=coordinator_port,
+        attempt=attempt_from_environment(environment),
+        pod=environment.get(POD_NAME, ""),
+    )
+
+
+def _tpu_workers(environment: Mapping[str, str]) -> list[str] | None:
+    """The workers of this slice in the order JAX itself uses (jax._src.clusters.cloud_tpu_cluster)."""
+    if path := environment.get("TPU_PROCESS_ADDRESSES_PATH"):
+        try:
+            listed = Path(path).read_text().strip()
+        except OSError as error:
+            raise WorldError(f"TPU_PROCESS_ADDRESSES_PATH={path}: {error.strerror}") from None
+    else:
+        listed = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
+    return listed.split(",") if listed else None
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name) or str(default)
+    if not text.isdecimal():
+        raise WorldError(f"{name} is {text!r}, a number is needed")
+    return int(text)

@@ -1,0 +1,88 @@
+"""What is kept of a failed process: the pod's termination message and a crash bundle without secrets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from trainer.contract import ATTEMPT, COMPLETION_INDEX, JOB_INDEX, TERMINATION_LOG, TERMINATION_LOG_PATH
+
+MESSAGE_BYTES: Final = 2000  # Kubernetes keeps 4096 a container and 12 kB a pod
+TAIL_BYTES: Final = 64 * 1024
+REMOVED: Final = "[removed]"
+
+_SECRET_NAME: Final = re.compile(
+    r"secret|token|passw|passphrase|credential|api_?key|access_?key|private|auth|cookie|(^|_)key($|_)", re.IGNORECASE
+)
+_SECRET_VALUE: Final = re.compile(
+    r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)"  # user:password in a URL
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bya29\.[\w-]{10,}|\bAIza[\w-]{30,}|\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
+    r"|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*",
+    re.DOTALL,
+)
+_SHORTEST_SECRET: Final = 6
+
+
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: REMOVED if _SECRET_NAME.search(name) else _SECRET_VALUE.sub(REMOVED, value) for name, value in sorted(environment.items())
+    }
+
+
+def redact(text: str, environment: Mapping[str, str]) -> str:
+    """`text` without the values of secret variables and without what looks like a credential."""
+    secrets = {value for name, value in environment.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET}
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, REMOVED)
+    return _SECRET_VALUE.sub(REMOVED, text)
+
+
+def write_termination_message(text: str, environment: Mapping[str, str]) -> None:
+    """Where Kubernetes reads it, or where the local backend asks for it; nowhere else."""
+    target = environment.get(TERMINATION_LOG) or TERMINATION_LOG_PATH
+    if target == TERMINATION_LOG_PATH and not os.access(target, os.W_OK):
+        return
+    short = redact(text, environment).encode()[:MESSAGE_BYTES].decode(errors="ignore")
+    try:
+        Path(target).write_text(short)
+    except OSError as error:
+        print(f"cannot write {target}: {error.strerror}", file=sys.stderr)
+
+
+def write_bundle(log_file: Path | None, facts: Mapping[str, Any], *, tail: str, stacks: str, environment: Mapping[str, str]) -> Path | None:
+    """A JSON file beside the log, or in the temporary directory; None (and a line on stderr) where neither can be written."""
+    bundle = {
+        **facts,
+        "argv": sys.orig_argv,
+        "environment": without_secrets(environment),
+        "stacks": stacks.splitlines(),
+        "last_lines": redact(tail, environment).splitlines(),
+    }
+    where = "-".join(re.sub(r"\D", "", environment.get(name, "")) or "0" for name in (ATTEMPT, JOB_INDEX, COMPLETION_INDEX))
+    temporary = Path(tempfile.gettempdir(), f"nnxlaunch-crash-{where}-{os.getpid()}.json")
+    for target in ([log_file.with_suffix(".crash.json")] if log_file else []) + [temporary]:
+        try:
+            descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with open(descriptor, "w") as file:
+                json.dump(bundle, file, indent=1)
+            return target
+        except OSError as error:
+            print(f"cannot write {target}: {error.strerror}", file=sys.stderr)
+    return None
+
+
+def container_memory_kills() -> int:
+    """How often the memory limit of this container (cgroup v2) killed a process; 0 where that is not known."""
+    try:
+        events = Path("/sys/fs/cgroup/memory.events").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^oom_kill (\d+)$", events, re.MULTILINE)
+    return int(found[1]) if found else 0

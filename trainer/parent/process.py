@@ -1,0 +1,333 @@
+"""The parent's loop: start the child, pass signals on, copy its output, and end as it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from io import BufferedRandom, FileIO
+from pathlib import Path
+from typing import Any, Final
+
+from trainer.contract import FREE_EXIT_CODES, GRACE_SECONDS, SURVIVOR_WAIT_SECONDS
+from trainer.parent.evidence import TAIL_BYTES, container_memory_kills, redact, write_bundle, write_termination_message
+from trainer.parent.link import STACKS_SIGNAL, VARIABLE
+from trainer.parent.verdict import Ending, Killed, Verdict, verdict
+
+PROGRAMS: Final = {"smoke": "trainer.smoke"}
+"""First words that start another program of the image than the training worker."""
+TEARDOWN_SECONDS: Final = 90
+"""From the announced exit code to the end of the child: a meeting of all processes, with a limit of 60 s, lies between."""
+STACKS_SECONDS: Final = 0.5
+EARLY_BYTES: Final = 1 << 20
+"""Output kept until the child has said where its log file is."""
+
+
+def main(arguments: Sequence[str], early_signals: Sequence[int] = ()) -> int:
+    module, rest = "trainer.worker", list(arguments)
+    if rest and rest[0] in PROGRAMS:
+        module = PROGRAMS[rest.pop(0)]
+    return Parent([sys.executable, "-m", module, *rest]).run(early_signals)
+
+
+class Parent:
+    def __init__(self, command: Sequence[str]) -> None:
+        self.command = list(command)
+        self.started = time.monotonic()
+        self.requests = 0  # how often we were asked to leave
+        self.asked_at = 0.0
+        self.grace = float(os.environ.get(GRACE_SECONDS) or "inf")
+        self.pid = 0
+        self.leash = -1
+        self.status: int | None = None
+        self.killed: Killed = ""
+        self.phase = "startup"
+        self.step: int | None = None
+        self.announced: int | None = None
+        self.announced_at = 0.0
+        self.message = ""
+        self.output = Output()
+        self.selector = selectors.DefaultSelector()
+        self.link_rest = b""
+
+    def run(self, early_signals: Sequence[int] = ()) -> int:
+        """Returns the exit code of the whole."""
+        wake_read, wake_write = os.pipe()
+        for descriptor in (wake_read, wake_write):
+            os.set_blocking(descriptor, False)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        self.selector.register(wake_read, selectors.EVENT_READ, self._wake)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._asked())
+        kills = container_memory_kills()
+        stacks = _stacks_file()
+        process = self._start(stacks)
+        for _ in early_signals:
+            self._asked()
+        while self.status is None:
+            self._turn()
+            self._reap()
+            self._enforce()
+        process.returncode = self.status  # we reaped it ourselves
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)  # what it started and left behind
+        self._drain()
+        outcome = verdict(
+            Ending(
+                status=self.status,
+                announced=self.announced,
+                message=self.message,
+                phase=self.phase,
+                asked=self.requests > 0,
+                killed=self.killed,
+                tail=self.output.tail(),
+                out_of_memory=container_memory_kills() > kills,
+            )
+        )
+        if outcome.code != 0:
+            self._keep_evidence(outcome, stacks)
+        if outcome.survivor:
+            self._let_the_cause_be_seen_first()
+        self.output.close()
+        return outcome.code
+
+    def _start(self, stacks: BufferedRandom) -> subprocess.Popen[bytes]:
+        link_read, link_write = os.pipe()
+        leash_read, leash_write = os.pipe()  # its write end lives as long as we do, in no other process
+        os.set_blocking(link_read, False)
+        ends = (link_write, leash_read, stacks.fileno())
+        process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=ends,
+            env={**os.environ, VARIABLE: ",".join(map(str, (*ends, os.getpid())))},
+            process_group=0,  # so that a Ctrl-C reaches it once, through us
+        )
+        self.pid = process.pid
+        os.close(link_write)
+        os.close(leash_read)
+        self.leash = leash_write
+        assert process.stdout and process.stderr
+        for stream, target in ((process.stdout, 1), (process.stderr, 2)):
+            os.set_blocking(stream.fileno(), False)
+            self.selector.register(stream, selectors.EVENT_READ, lambda fd, target=target: self._copy(fd, target))
+        self.selector.register(link_read, selectors.EVENT_READ, self._listen)
+        return process
+
+    def _asked(self) -> None:
+        """Runs inside the signal handler, so it also interrupts a write to a reader that is not reading."""
+        self.requests += 1
+        self.asked_at = self.asked_at or time.monotonic()
+        if self.pid and self.status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
+
+    def _enforce(self) -> None:
+        """Kill the child when there is nothing to wait for any more."""
+        now = time.monotonic()
+        if self.status is not None or self.killed:
+            return
+        if self.announced is not None:
+            if now >= self.announced_at + TEARDOWN_SECONDS or self.requests > 1 or self._grace_over(now):
+                self._kill("teardown")
+        elif self.requests and self.phase == "startup":
+            self._read_link()
+            if self.phase == "startup" and self.announced is None:
+                self._kill("nothing unsaved")
+        elif self.requests > 1:
+            self._kill("second signal")
+        elif self._grace_over(now):
+            self._have_stacks_written()
+            self._kill("grace expired")
+
+    def _have_stacks_written(self) -> None:
+        os.kill(self.pid, STACKS_SIGNAL)
+        end = time.monotonic() + STACKS_SECONDS
+        while self.status is None and (left := end - time.monotonic()) > 0:
+            self._turn(left)
+            self._reap()
+
+    def _grace_over(self, now: float) -> bool:
+        return bool(self.requests) and now >= self._grace_end()
+
+    def _grace_end(self) -> float:
+        # Whoever set the grace kills us at its end; before that, we need a moment for the evidence.
+        return self.asked_at + self.grace - min(2.0, 0.2 * self.grace)
+
+    def _kill(self, why: Killed) -> None:
+        self.killed = why
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def _turn(self, timeout: float | None = None) -> None:
+        if timeout is None and not self.killed:
+            deadlines = [self._grace_end()] if self.requests else []
+            deadlines += [self.announced_at + TEARDOWN_SECONDS] if self.announced is not None else []
+            finite = [deadline for deadline in deadlines if deadline != float("inf")]
+            timeout = max(0.0, min(finite) - time.monotonic()) if finite else None
+        for key, _ in self.selector.select(timeout):
+            key.data(key.fd)
+
+    def _wake(self, descriptor: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(descriptor, 4096)
+
+    def _copy(self, descriptor: int, target: int) -> bool:
+        try:
+            chunk = os.read(descriptor, 1 << 16)
+        except BlockingIOError:
+            return False
+        if not chunk:
+            self.selector.unregister(descriptor)
+            return False
+        self.output.write(chunk, target)
+        return True
+
+    def _read_link(self) -> None:
+        for key in list(self.selector.get_map().values()):
+            if key.data == self._listen:
+                self._listen(key.fd)
+
+    def _listen(self, descriptor: int) -> bool:
+        try:
+            chunk = os.read(descriptor, 1 << 16)
+        except BlockingIOError:
+            return False
+        if not chunk:
+            self.selector.unregister(descriptor)
+            return False
+        *lines, self.link_rest = (self.link_rest + chunk).split(b"\n")
+        for line in lines:
+            self._hear(json.loads(line))
+        return True
+
+    def _hear(self, facts: dict[str, Any]) -> None:
+        self.phase = facts.get("phase", self.phase)
+        self.step = facts.get("step", self.step)
+        if "log_file" in facts:
+            self.output.keep_in(Path(facts["log_file"]))
+        if "exit_code" in facts:
+            self.announced, self.announced_at = int(facts["exit_code"]), time.monotonic()
+            self.message = str(facts.get("message", ""))
+
+    def _reap(self) -> None:
+        """Collect every ended process: as PID 1 we also inherit the orphans of others."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == self.pid:
+                self.status = os.waitstatus_to_exitcode(status)
+
+    def _drain(self) -> None:
+        for key in list(self.selector.get_map().values()):
+            if key.data != self._wake:
+                while key.data(key.fd):
+                    pass
+
+    def _keep_evidence(self, outcome: Verdict, stacks: BufferedRandom) -> None:
+        stacks.seek(0)
+        text = stacks.read().decode(errors="replace")
+        line = f"exit code {outcome.code}: {outcome.cause}"
+        bundle = None
+        if outcome.code not in FREE_EXIT_CODES:
+            facts = {
+                "exit_code": outcome.code,
+                "cause": redact(outcome.cause, os.environ),
+                "child_status": self.status,
+                "phase": self.phase,
+                "step": self.step,
+                "seconds": round(time.monotonic() - self.started, 3),
+                "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            bundle = write_bundle(self.output.path, facts, tail=self.output.tail(), stacks=text, environment=os.environ)
+        if text:
+            self.output.write(text.encode(), 2)
+        self.output.write(f"{line}{f' (evidence: {bundle})' if bundle else ''}\n".encode(), 2)
+        write_termination_message(outcome.cause, os.environ)
+
+    def _let_the_cause_be_seen_first(self) -> None:
+        # Measured: with no wait the failure policy often judges by a survivor, with 10 s never.
+        deadline = time.monotonic() + SURVIVOR_WAIT_SECONDS
+        while not self.requests and (left := deadline - time.monotonic()) > 0:
+            self._turn(left)
+            self._reap()
+
+
+class Output:
+    """The child's output: passed on at once, its end remembered, and copied to a file once there is one."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self._file: FileIO | None = None
+        self._recent: deque[bytes] = deque()
+        self._recent_bytes = 0
+        self._keep_bytes = EARLY_BYTES
+        self._closed: set[int] = set()
+
+    def write(self, chunk: bytes, target: int) -> None:
+        if target not in self._closed:
+            try:
+                _write_all(target, chunk)
+            except OSError:  # nobody reads there any more
+                self._closed.add(target)
+        self._remember(chunk)
+        if self._file:
+            try:
+                _write_all(self._file.fileno(), chunk)
+            except OSError as error:
+                self._file = None
+                print(f"{self.path}: {error.strerror}; the log goes on without this file", file=sys.stderr)
+
+    def keep_in(self, path: Path) -> None:
+        """Append to `path` from now on, with what has been written so far."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "ab", buffering=0)
+            self.path = path
+            _write_all(self._file.fileno(), b"".join(self._recent))
+        except OSError as error:
+            print(f"no log file {path}: {error.strerror}", file=sys.stderr)
+        self._keep_bytes = TAIL_BYTES
+
+    def tail(self) -> str:
+        return b"".join(self._recent)[-TAIL_BYTES:].decode(errors="replace")
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+    def _remember(self, chunk: bytes) -> None:
+        self._recent.append(chunk)
+        self._recent_bytes += len(chunk)
+        while self._recent_bytes - len(self._recent[0]) >= self._keep_bytes:
+            self._recent_bytes -= len(self._recent.popleft())
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _stacks_file() -> BufferedRandom:
+    """A file without a name for the stacks of the child's threads; in memory where nothing is writable."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:
+        return open(os.memfd_create("stacks"), "w+b")

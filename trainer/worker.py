@@ -1,0 +1,92 @@
+"""The trainer proper, a child of `python -m trainer`: read the config, run, turn every ending into an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from trainer.attempts import record_attempt
+from trainer.config import ConfigError, TrainConfig, load_train_config
+from trainer.contract import DEVICES_PER_HOST, LOG_FOLDER, Exit
+from trainer.distributed import Rank, lost_peer, rank_from_environment, shutdown
+from trainer.distributed.preemption import install_handlers
+from trainer.errors import TrainerError
+from trainer.parent import link
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    link.attach()
+    install_handlers()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
+    options = _options(arguments)
+    try:
+        code = _train(options)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        _leave(Exit.CONFIG, str(error.problems[0]))
+    except TrainerError as error:
+        print(f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
+        if error.exit_code != Exit.PREEMPTED:
+            _leave(error.exit_code, str(error))
+        code, message = error.exit_code, str(error)
+    except Exception as error:  # the one place where everything ends
+        traceback.print_exc()
+        words = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        _leave(Exit.PEER if lost_peer(error) else Exit.SOFTWARE, words)
+    else:
+        message = ""
+    link.tell(exit_code=int(code), message=message)
+    shutdown()
+    sys.exit(code)
+
+
+def _train(options: argparse.Namespace) -> Exit:
+    config = load_train_config(options.config, options.set)
+    rank = rank_from_environment(os.environ)
+    if not config.run_directory.startswith("gs://"):
+        link.tell(log_file=os.path.abspath(log_file(config, rank)))
+    if rank.process_index == 0:
+        record_attempt(config.run_directory, rank.attempt)
+    prepare_environment()
+    from trainer.run import run
+
+    return run(config)
+
+
+def log_file(config: TrainConfig, rank: Rank) -> str:
+    name = f"attempt-{rank.attempt}.slice-{rank.slice_index}.worker-{rank.worker}.log"
+    return os.path.join(config.run_directory, LOG_FOLDER, name)
+
+
+def prepare_environment() -> None:
+    """What JAX reads when it is imported. On the CPU target a host's devices are made up."""
+    devices = os.environ.get(DEVICES_PER_HOST)
+    if devices:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ["JAX_NUM_CPU_DEVICES"] = devices
+
+
+def _leave(code: Exit, message: str) -> NoReturn:
+    """End at once: the others must not be seen to end first, and no meeting of all processes can succeed any more."""
+    link.tell(exit_code=int(code), message=message)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m trainer", description="Train from one TrainConfig document.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="the TrainConfig, YAML or JSON")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override one key; may be given several times")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
