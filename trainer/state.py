@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
 from trainer.config.train import TrainConfig
-from trainer.config.weights import Constant, Normal, Weight, split_repeat, weights
+from trainer.config.weights import weights
+from trainer.initial import initial_parameters, random_key
 from trainer.model import create_abstract_model
 from trainer.optim import build_optimizer, build_schedule
 from trainer.parallel.sharding import Layout
@@ -66,18 +65,12 @@ def initial_state(config: TrainConfig, spec: StateSpec) -> nnx.State:
     """The first state of a run, computed where it lives. The same values for every mesh, process count and layer form."""
 
     def init() -> nnx.State:
-        values = initial_parameters(config)
+        values = initial_parameters(config.model, config.seed)
         model_def, abstract = nnx.split(create_abstract_model(config.model), nnx.Param)
         params = [(path, variable.replace(values[join_path(path)])) for path, variable in nnx.to_flat_state(abstract)]
         return nnx.split(_train_state(config, nnx.merge(model_def, nnx.from_flat_state(params))))[1]
 
     return jax.jit(init, out_shardings=spec.shardings)()
-
-
-def initial_parameters(config: TrainConfig) -> dict[str, jax.Array]:
-    """Every parameter by path, float32. A weight's key is folded from the seed, its logical path and its repeat."""
-    key = jax.random.key(config.seed, impl="threefry2x32")
-    return {weight.path: _initial(weight, key) for weight in weights(config.model)}
 
 
 def state_items(state: nnx.State) -> Items:
@@ -116,7 +109,7 @@ def _train_state(config: TrainConfig, model: nnx.Module) -> TrainState:
         config.optimizer.decay == "all" or by_path[join_path(path)].inputs > 0 for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))
     ]
     tx = build_optimizer(config.optimizer, build_schedule(config.schedule, config.steps), decays)
-    key = jax.random.key_data(jax.random.key(config.seed, impl="threefry2x32"))
+    key = jax.random.key_data(random_key(config.seed))
     return TrainState(model, nnx.Optimizer(model, tx, wrt=nnx.Param), key)
 
 
@@ -125,19 +118,3 @@ def _sharding(variable: nnx.Variable[Any], layout: Layout) -> NamedSharding:
     axes = variable.get_metadata().get("axes")
     shape = variable.get_value().shape
     return layout.sharding(axes, shape) if axes is not None and len(axes) == len(shape) else layout.replicated
-
-
-def _initial(weight: Weight, seed: jax.Array) -> jax.Array:
-    path, repeat = split_repeat(weight.path)
-    key = jax.random.fold_in(seed, zlib.crc32(path.encode()))
-
-    def one(repeat: jax.typing.ArrayLike) -> jax.Array:
-        match weight.init:
-            case Normal(stddev):
-                return stddev * jax.random.normal(jax.random.fold_in(key, repeat), weight.layer_shape, jnp.float32)
-            case Constant(value):
-                return jnp.full(weight.layer_shape, value, jnp.float32)
-
-    if weight.layer_dims:
-        return jax.vmap(one)(jnp.arange(weight.shape[0]))
-    return one(repeat or 0)

@@ -42,7 +42,7 @@ def make_train_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> Tra
                 "cross_entropy": sums.cross_entropy / tokens,
                 "z_loss": sums.z_loss / tokens,
                 "tokens": sums.tokens,
-                "gradient_norm": optax.global_norm(gradients),
+                "gradient_norm": optax.tree.norm(gradients),
                 "learning_rate": schedule(train.optimizer.step[...]),
             }
             train.optimizer.update(train.model, gradients)
