@@ -52,6 +52,7 @@ COMPLETION_INDEX: Final = "JOB_COMPLETION_INDEX"  # index of the host in its sli
 NUM_SLICES: Final = "NNX_NUM_SLICES"
 HOSTS_PER_SLICE: Final = "NNX_HOSTS_PER_SLICE"
 COORDINATOR: Final = "NNX_COORDINATOR"  # host:port of process 0; only where no TPU runtime provides it
+JAX_COORDINATOR_PORT: Final = "JAX_COORDINATOR_PORT"  # TPU target: JAX's own name for the port
 DEVICES_PER_HOST: Final = "NNX_DEVICES_PER_HOST"  # CPU target only: forced host devices
 POD_NAME: Final = "NNX_POD_NAME"
 POD_IP: Final = "NNX_POD_IP"
