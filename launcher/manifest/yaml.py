@@ -7,19 +7,20 @@ from typing import Any
 
 import yaml
 
+_Base: type[yaml.SafeDumper] = yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper
 
-class _Dumper(yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper):
+
+class _Dumper(_Base):
     """Safe dumper that repeats a shared value instead of writing an alias, and writes text with line breaks as a block."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, value: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
 
-def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
 
-
-_Dumper.add_representer(str, _text)
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def dump(document: Any) -> str:

@@ -24,6 +24,8 @@ class Tpu(Node):
     """Such as `4x4x8`; together with `accelerator`."""
     machine: str | None = None
     """Machine type, where the topology can be built from several (2x4 on v5e and v6e)."""
+    placement_policy: str | None = None
+    """Workload policy of the node pool, where node auto-provisioning makes it (multi-host tpu7x)."""
     slices: Slices = 1
     """Slices of this type, joined by the data-centre network."""
 

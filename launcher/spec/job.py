@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from launcher.spec.accelerator import Cpu, Layout, Tpu
 from launcher.spec.capacity import CapacityField, Exclusive, NoPlacement, OnDemand, Placement, PlacementField, QueueField, Spot, shorthand
-from launcher.spec.pod import EnvValue, Image, Network, Resources, Text, Volume
+from launcher.spec.pod import DEFAULT_IMAGES, EnvValue, Image, Network, Resources, Text, Volume
 from trainer.config import TrainConfig
 from trainer.config.base import Node, NonNegativeInt
 
@@ -115,6 +115,16 @@ class JobSpec(Node):
         if self.placement is not None:
             return self.placement
         return Exclusive() if self.layout.target == "tpu" and self.layout.hosts_per_slice > 1 else NoPlacement()
+
+    @property
+    def subdomain(self) -> str:
+        """Name of the headless service; unlike for two jobs of a namespace, and short, because host names contain it."""
+        return self.network.subdomain or f"n{hashlib.sha256(self.name.encode()).hexdigest()[:5]}"
+
+    @property
+    def container_image(self) -> Image:
+        """The image, with its default for the accelerator."""
+        return self.image or Image(reference=DEFAULT_IMAGES[self.layout.target])
 
     @property
     def hash(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
@@ -10,6 +10,10 @@ from trainer import contract
 from trainer.config.base import Node, PositiveInt
 
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+DEFAULT_IMAGES: Final = {"cpu": "nnxlaunch-trainer:cpu", "tpu": "nnxlaunch-trainer:tpu"}
+"""What `nnxlaunch image build` names the image of each target."""
 
 
 class Image(Node):
@@ -79,14 +83,7 @@ class EmptyDirectory(_Volume):
     size_gib: PositiveInt | None = None
 
 
-class HostPath(_Volume):
-    """A directory of the node itself. Refused by restricted and baseline namespaces."""
-
-    type: Literal["host_path"] = "host_path"
-    path: Text
-
-
-Volume = Annotated[GcsFuse | Claim | Memory | EmptyDirectory | HostPath, Field(discriminator="type")]
+Volume = Annotated[GcsFuse | Claim | Memory | EmptyDirectory, Field(discriminator="type")]
 
 
 def _quantity(value: Any) -> Any:
@@ -108,8 +105,8 @@ class Resources(Node):
 class Network(Node):
     host_network: bool = False
     """Use the node's own network. Faster between slices; needs `security: privileged`."""
-    subdomain: Annotated[str, Field(min_length=1, max_length=63)] = "n"
-    """Name of the headless service below which the pods find each other. Short, because it is part of every host name."""
+    subdomain: Text | None = None
+    """Name of the headless service below which the pods find each other; one job each. Default: short, from the job's name."""
     coordinator_port: Annotated[int, Field(ge=1024, le=65535)] = contract.COORDINATOR_PORT
     """Port of JAX's coordination service on the first pod."""
     isolate: bool = True

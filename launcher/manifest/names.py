@@ -1,0 +1,52 @@
+"""Names, labels and annotations of the rendered objects, and what the servers derive from them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from launcher.spec import JobSpec
+from trainer import contract
+
+MANAGED_BY_LABEL: Final = "app.kubernetes.io/managed-by"
+MANAGED_BY: Final = "nnxlaunch"
+JOB_LABEL: Final = "nnxlaunch/job"
+SPEC_HASH_LABEL: Final = "nnxlaunch/spec-hash"
+
+JOBSET_NAME_LABEL: Final = "jobset.sigs.k8s.io/jobset-name"
+JOB_INDEX_LABEL: Final = "jobset.sigs.k8s.io/job-index"
+RESTART_ATTEMPT_LABEL: Final = "jobset.sigs.k8s.io/restart-attempt"
+EXCLUSIVE_ANNOTATION: Final = "alpha.jobset.sigs.k8s.io/exclusive-topology"
+DEFAULT_CONTAINER_ANNOTATION: Final = "kubectl.kubernetes.io/default-container"
+GCSFUSE_ANNOTATION: Final = "gke-gcsfuse/volumes"
+
+QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
+QUEUE_PRIORITY_LABEL: Final = "kueue.x-k8s.io/priority-class"
+QUEUE_MAX_SECONDS_LABEL: Final = "kueue.x-k8s.io/max-exec-time-seconds"
+PROVISIONING_ANNOTATION: Final = "provreq.kueue.x-k8s.io/maxRunDurationSeconds"
+TAS_REQUIRED_ANNOTATION: Final = "kueue.x-k8s.io/podset-required-topology"
+TAS_SLICE_ANNOTATION: Final = "kueue.x-k8s.io/podset-slice-required-topology"
+TAS_SLICE_SIZE_ANNOTATION: Final = "kueue.x-k8s.io/podset-slice-size"
+TPU_SLICE_TOPOLOGY_ANNOTATION: Final = "cloud.google.com/gke-tpu-slice-topology"
+
+
+def labels(spec: JobSpec) -> dict[str, str]:
+    """Labels of every object of the job; the user's own come first so that ours cannot be replaced."""
+    return {**spec.labels, MANAGED_BY_LABEL: MANAGED_BY, JOB_LABEL: spec.name, SPEC_HASH_LABEL: spec.hash}
+
+
+def config_map(spec: JobSpec) -> str:
+    return f"{spec.name}-train"
+
+
+def service_account(spec: JobSpec) -> str:
+    return spec.service_account or spec.name
+
+
+def pod_host(spec: JobSpec, *, job_index: int, pod_index: int) -> str:
+    """Host name of a pod, as the pods of its namespace resolve it."""
+    return f"{spec.name}-{contract.REPLICATED_JOB}-{job_index}-{pod_index}.{spec.subdomain}"
+
+
+def coordinator(spec: JobSpec) -> str:
+    """`host:port` of process 0."""
+    return f"{pod_host(spec, job_index=0, pod_index=0)}:{spec.network.coordinator_port}"
