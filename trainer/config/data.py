@@ -13,7 +13,7 @@ Paths = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_len
 
 class _Source(Node):
     weight: PositiveFloat = 1.0
-    """Share of the rows drawn from this source, relative to the other sources' weights."""
+    """Share of the training rows drawn from this source, relative to the other sources' weights."""
 
 
 class Text(_Source):
@@ -21,7 +21,7 @@ class Text(_Source):
 
     type: Literal["text"] = "text"
     paths: Paths
-    """Files or globs, local or gs://."""
+    """Files or globs (`**` crosses folders), local or gs://."""
 
 
 class JsonLines(_Source):
@@ -33,13 +33,15 @@ class JsonLines(_Source):
 
 
 class Parquet(_Source):
+    """Parquet files with a column of strings; a row is a document."""
+
     type: Literal["parquet"] = "parquet"
     paths: Paths
     column: str = "text"
 
 
 class ArrayRecord(_Source):
-    """ArrayRecord files whose records are UTF-8 text."""
+    """ArrayRecord files whose records are UTF-8 text; a record is a document."""
 
     type: Literal["arrayrecord"] = "arrayrecord"
     paths: Paths
@@ -54,7 +56,7 @@ class PythonStandardLibrary(_Source):
 
 
 class Synthetic(_Source):
-    """Uniform random tokens, full rows, nothing read: for benchmarks."""
+    """Uniform random tokens below the model's vocab_size, full rows, nothing read or cached: for benchmarks."""
 
     type: Literal["synthetic"] = "synthetic"
     distinct_batches: PositiveInt = 1
@@ -77,6 +79,10 @@ class HuggingFaceTokenizer(Node):
     type: Literal["huggingface"] = "huggingface"
     path: str
     """A `tokenizer.json`, local or gs://."""
+    begin_token: str | None = None
+    """Written before every document. Default: `bos_token` of a `tokenizer_config.json` beside the file, else none."""
+    end_token: str | None = None
+    """Written after every document. Default: `eos_token` of a `tokenizer_config.json` beside the file, else none."""
 
 
 class SentencePiece(Node):
@@ -92,10 +98,11 @@ class Data(Node):
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
     tokenizer: Tokenizer = Bytes()
     cache_directory: str | None = None
-    """Where tokenised, packed rows are kept, by fingerprint; local or gs://, shared by all hosts where it can be.
-    Default: `data` in the run directory."""
+    """Where tokenised, packed rows are kept, by fingerprint of text, tokenizer and packing; local or gs://. Hosts that
+    share it share the work; hosts that do not each do all of it. Default: `data` in the run directory."""
     held_out: Fraction = 0.01
-    """Share of the documents kept for evaluation, chosen by a hash of the document."""
+    """Share of the documents kept for evaluation and never trained on, chosen by a hash of the document."""
     shuffle: bool = True
+    """Take the rows of a source in another order in every epoch; otherwise in the order of its documents."""
     prefetch_batches: NonNegativeInt = 2
     """Batches kept ready on each host."""
