@@ -3,7 +3,8 @@
 TrainerError
 ├── DataError          the data cannot be read, or is not what the checkpoint was trained on (64)
 ├── CheckpointError    the checkpoint directory cannot be used (64)
-│   └── ResumeMismatch the run directory holds another run; names every difference (64)
+│   ├── ResumeMismatch the run directory holds another run; names every difference (64)
+│   └── SaveFailed     a save failed or took too long for a reason that may pass (76)
 ├── NumericsError      NaN or Inf in loss or gradients (77)
 ├── Preempted          asked to leave; whatever could be saved is committed (75)
 ├── PeerLost           another process vanished or never came (76)
@@ -35,6 +36,10 @@ class CheckpointError(TrainerError):
 
 class ResumeMismatch(CheckpointError):
     pass
+
+
+class SaveFailed(CheckpointError):
+    exit_code = Exit.PEER
 
 
 class NumericsError(TrainerError):

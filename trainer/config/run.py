@@ -34,6 +34,9 @@ class Checkpoint(Node):
     keep_last: PositiveInt = 3
     keep_every_steps: PositiveInt | None = None
     """Steps divisible by this are never deleted."""
+    save_timeout_seconds: PositiveInt = 1200
+    """A save that is not committed after this long has failed, and with it the attempt: the next one starts from the
+    newest committed step."""
     start_from: str | None = None
     """A Hugging Face safetensors folder (local or gs://) that gives the first parameters of a new run."""
     allow_mismatch: tuple[str, ...] = ()
