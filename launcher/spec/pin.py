@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any, cast
 
 import yaml
 
@@ -26,13 +27,14 @@ def pin_image(path: Path, reference: str) -> None:
 
 def pinned(text: str, reference: str) -> str:
     """`text`, a valid spec, with its image replaced by `reference`; where it names none, a line is added after `name`."""
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    root: yaml.Node | None = cast("Any", yaml).compose(text, Loader=yaml.SafeLoader)  # untyped
     image = _value(root, "image")
     if isinstance(image, yaml.MappingNode):
         image = _value(image, "reference") or image
     if image is not None:
         start, end = image.start_mark.index, image.end_mark.index
-        return text[:start] + reference + text[end:]
+        space = " " if text[start - 1] == ":" else ""  # `image:` with nothing after it
+        return text[:start] + space + reference + text[end:]
     name = _value(root, "name")
     assert isinstance(root, yaml.MappingNode) and name is not None, "a valid spec is a mapping with a name"
     if root.flow_style:
