@@ -18,6 +18,11 @@ if __name__ == "__main__":
 
     import sys
 
+    if sys.argv[1:] == ["smoke"]:
+        from trainer.smoke import main as smoke
+
+        sys.exit(smoke())
+
     from trainer.parent.process import main
 
     sys.exit(main(sys.argv[1:], _early))
