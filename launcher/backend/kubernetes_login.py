@@ -131,7 +131,7 @@ def _said() -> Generator[list[str]]:
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage().strip().replace("\n", " "))
+            said.append(" ".join(record.getMessage().split())[:400])
 
     keep, root = Keep(logging.ERROR), logging.getLogger()
     root.addHandler(keep)
