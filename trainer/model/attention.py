@@ -29,7 +29,7 @@ KEY_AXES: Final = ("batch", "length", "act_kv_heads", None)
 class Context:
     """What all layers share: computed once per batch, outside of the scan over layers."""
 
-    valid_BT: jax.Array  # bool; False in padding
+    valid: jax.Array  # bool [B, T]; False in padding
     masks: dict[int | None, jax.Array]  # window -> bool [B, T, S]: query t may see key s
     tables: dict[tuple[Rope, int], tuple[jax.Array, jax.Array]]  # (rope, head dim) -> cosine and sine [B, T, H/2]
 
@@ -62,12 +62,13 @@ def attend(query_BTNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, ma
     B, T, N, H = query_BTNH.shape
     K = key_BSKH.shape[2]
     query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", query_BTKGH, key_BSKH, preferred_element_type=jnp.float32)
+    # Keys and values as the first operand: XLA on CPU then writes no transposed copy of the scores in the backward pass.
+    scores_BKGTS = jnp.einsum("BSKH,BTKGH->BKGTS", key_BSKH, query_BTKGH, preferred_element_type=jnp.float32)
     if soft_cap is not None:
         scores_BKGTS = soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(value_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, value_BSKH).reshape(B, T, N, H)
+    return jnp.einsum("BSKH,BKGTS->BTKGH", value_BSKH, weights_BKGTS).reshape(B, T, N, H)
 
 
 class Attention(nnx.Module):
@@ -88,8 +89,8 @@ class Attention(nnx.Module):
         key_BTKH = self.project(x_BTD, self.key, self.key_bias, self.key_norm, table)
         value_BTKH = add_bias(jnp.einsum("BTD,DKH->BTKH", x_BTD, self.value[...]), self.value_bias)
         query_BTNH = constrain(query_BTNH.astype(x_BTD.dtype), QUERY_AXES)
-        key_BTKH = constrain(select(context.valid_BT, key_BTKH.astype(x_BTD.dtype)), KEY_AXES)
-        value_BTKH = constrain(select(context.valid_BT, value_BTKH), KEY_AXES)
+        key_BTKH = constrain(select(context.valid, key_BTKH.astype(x_BTD.dtype)), KEY_AXES)
+        value_BTKH = constrain(select(context.valid, value_BTKH), KEY_AXES)
         mixed_BTNH = attend(query_BTNH, key_BTKH, value_BTKH, context.masks[self.spec.window], soft_cap=self.spec.soft_cap)
         mixed_BTNH = constrain(mixed_BTNH, QUERY_AXES)
         return add_bias(jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, self.out[...]), self.out_bias)

@@ -39,7 +39,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(spec.mlp, under(params, "mlp"))
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
-        x_BTD = select(context.valid_BT, constrain(x_BTD, HIDDEN_AXES))
+        x_BTD = select(context.valid, constrain(x_BTD, HIDDEN_AXES))
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context)
         x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
         return constrain(x_BTD, HIDDEN_AXES)
@@ -67,10 +67,10 @@ class Transformer(nnx.Module):
         """The last block's output after the final norm, compute dtype [B, T, D]. Arguments as of a call."""
         with jax.default_matmul_precision(self.spec.matmul_precision):
             context = make_context([block for segment in self.spec.segments for block in segment.pattern], positions_BT, segments_BT)
-            x_BTD = self.embedding(tokens_BT, context.valid_BT)
+            x_BTD = self.embedding(tokens_BT, context.valid)
             for segment, positions in zip(self.spec.segments, self.segments, strict=True):
                 x_BTD = self.run_segment(segment, positions, x_BTD, context)
-            return self.final_norm(select(context.valid_BT, x_BTD))
+            return self.final_norm(select(context.valid, x_BTD))
 
     def embedding(self, tokens_BT: jax.Array, valid_BT: jax.Array) -> jax.Array:
         """Embedded tokens, compute dtype [B, T, D]."""
@@ -115,7 +115,7 @@ class Transformer(nnx.Module):
         graphdef, params = nnx.split(blocks)
         dtype = jnp.dtype(self.spec.compute_dtype)
 
-        def cast(param: nnx.Param) -> nnx.Param:
+        def cast(param: nnx.Param) -> nnx.Variable[jax.Array]:
             if not param.inputs or param[...].dtype == dtype:
                 return param
             return param.replace(constrain(param[...].astype(dtype), param.axes))
