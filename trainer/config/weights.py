@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 
 from trainer.config.model import Attention, Block, GatedMlp, Model
 
@@ -55,13 +54,11 @@ class Weight:
         return self.shape[self.layer_dims :]
 
 
-@cache
 def weights(model: Model) -> tuple[Weight, ...]:
     """All weights of `model` in its own layout (`model.layers`), in forward order."""
     return tuple(_weights(model))
 
 
-@cache
 def parameter_count(model: Model) -> int:
     return sum(math.prod(weight.shape) for weight in weights(model))
 
