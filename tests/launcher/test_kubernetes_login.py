@@ -86,7 +86,7 @@ def test_a_file_that_is_no_kubeconfig_is_refused(tmp_path: Path, text: str, sent
 
 
 def test_a_missing_file_and_an_unknown_context_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Unavailable, match="no kubeconfig: .*nowhere does not exist"):
+    with pytest.raises(Unavailable, match=r"no kubeconfig: .*nowhere does not exist"):
         log_in(context=None, kubeconfig=str(tmp_path / "nowhere"))
     monkeypatch.setenv("KUBECONFIG", kubeconfig(tmp_path, {"token": "t"}))
     with pytest.raises(Unavailable, match="context 'third' is not in") as caught:
