@@ -1,7 +1,9 @@
-"""One process for all trainer tests: eight CPU devices, strict numerics. Set before anything imports JAX."""
+"""One process for all trainer tests: eight CPU devices, strict numerics. Set before anything imports JAX.
+
+Compiled code is not optimised: these programs run for milliseconds and compiling them is most of the work."""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"

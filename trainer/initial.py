@@ -1,13 +1,14 @@
 """The first parameters of a run: the same bits for every mesh, stage count, layer form and process count.
 
-A weight's key is folded from the seed, its logical path and its repeat. Normal values are read from a table of
+A weight's key is a hash of the seed, its logical path and its repeat. Normal values are read from a table of
 quantiles by random bits: integer arithmetic and one multiplication are exact, while the usual inverse error
 function is a polynomial whose last bit changes with the vectorisation of each shard's shape.
 """
 
 from __future__ import annotations
 
-import zlib
+import hashlib
+from collections.abc import Mapping
 from functools import cache
 from statistics import NormalDist
 
@@ -19,10 +20,14 @@ from trainer.config.model import Model
 from trainer.config.weights import Constant, Normal, Weight, split_repeat, weights
 
 
-def initial_parameters(model: Model, seed: int) -> dict[str, jax.Array]:
-    """Every parameter by path, float32, in the layer form of `model`."""
-    key = random_key(seed)
-    return {weight.path: _initial(weight, key) for weight in weights(model)}
+def initial_keys(model: Model, seed: int) -> dict[str, np.ndarray]:
+    """Threefry key data of every weight by path, uint32 [layer dims..., 2]: a hash of seed, logical path and repeat."""
+    return {weight.path: _keys(weight, seed) for weight in weights(model)}
+
+
+def initial_parameters(model: Model, keys: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Every parameter by path, float32, in the layer form of `model`; `keys` are those of `initial_keys`."""
+    return {weight.path: _initial(weight, keys[weight.path]) for weight in weights(model)}
 
 
 def random_key(seed: int) -> jax.Array:
@@ -44,17 +49,24 @@ def _upper_quantiles() -> np.ndarray:
     return np.array([inverse(0.5 + (i + 0.5) / 65536) for i in range(32768)], np.float32)
 
 
-def _initial(weight: Weight, seed: jax.Array) -> jax.Array:
+def _keys(weight: Weight, seed: int) -> np.ndarray:
     path, repeat = split_repeat(weight.path)
-    key = jax.random.fold_in(seed, zlib.crc32(path.encode()))
 
-    def one(repeat: jax.typing.ArrayLike) -> jax.Array:
+    def one(repeat: int) -> list[int]:
+        digest = hashlib.sha256(f"{seed}/{path}/{repeat}".encode()).digest()
+        return [int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")]
+
+    if weight.layer_dims:
+        return np.array([one(layer) for layer in range(weight.shape[0])], np.uint32)
+    return np.array(one(repeat or 0), np.uint32)
+
+
+def _initial(weight: Weight, keys: jax.Array) -> jax.Array:
+    def one(key_data: jax.Array) -> jax.Array:
         match weight.init:
             case Normal(stddev):
-                return stddev * normal(jax.random.fold_in(key, repeat), weight.layer_shape)
+                return stddev * normal(jax.random.wrap_key_data(key_data, impl="threefry2x32"), weight.layer_shape)
             case Constant(value):
                 return jnp.full(weight.layer_shape, value, jnp.float32)
 
-    if weight.layer_dims:
-        return jax.vmap(one)(jnp.arange(weight.shape[0]))
-    return one(repeat or 0)
+    return jax.vmap(one)(keys) if weight.layer_dims else one(keys)
