@@ -24,8 +24,8 @@ COMMIT_FILE: Final = "commit.json"
 META_FILE: Final = "meta.json"
 ITEMS: Final = ("params", "opt", "rest")
 FORMAT: Final = 1
-OWN_NAMES: Final = frozenset({*ITEMS, META_FILE, COMMIT_FILE, "_CHECKPOINT_METADATA", "commit_success.txt"})
-TEMPORARY_MARK: Final = ".orbax-checkpoint-tmp"
+OWN_NAMES: Final = frozenset({*ITEMS, META_FILE, COMMIT_FILE})
+QUARANTINE: Final = "quarantine"  # where damaged steps are moved, as <step> or <step>.<n>, when a run must write there
 
 
 class Damaged(Exception):
@@ -42,9 +42,10 @@ class Commit:
 class Inspection:
     """What a checkpoint directory holds."""
 
-    commits: Mapping[int, Commit]  # usable steps, ascending; sizes were compared, contents were not
+    commits: Mapping[int, Commit]  # usable steps, ascending; sizes were compared, on a local folder contents were not
     skipped: Mapping[int, str]  # step -> why it cannot be used, ascending
-    temporary: tuple[str, ...]  # folders of saves that never ended
+    unfinished: frozenset[int]  # those of `skipped` that never had a commit file
+    quarantined: frozenset[str]
 
     @property
     def steps(self) -> list[int]:
@@ -85,14 +86,14 @@ def inspect(storage: Storage) -> Inspection:
     """One listing and one small read per step. Raises CheckpointError for a directory that is not ours."""
     listed = _list(storage)
     by_step: dict[int, dict[str, File]] = {}
-    temporary: set[str] = set()
+    quarantined: set[str] = set()
     foreign: set[str] = set()
     for path, file in listed.items():
         name, _, rest = path.partition("/")
         if name.isascii() and name.isdigit() and name == str(int(name)) and rest:
             by_step.setdefault(int(name), {})[rest] = file
-        elif TEMPORARY_MARK in name:
-            temporary.add(name)
+        elif name == QUARANTINE:
+            quarantined.add(rest.partition("/")[0])
         else:
             foreign.add(name)
     for step, files in by_step.items():
@@ -110,7 +111,17 @@ def inspect(storage: Storage) -> Inspection:
             commits[step] = _read_commit(storage, step, by_step[step])
         except Damaged as reason:
             skipped[step] = str(reason)
-    return Inspection(commits, skipped, tuple(sorted(temporary)))
+    unfinished = frozenset(step for step in skipped if COMMIT_FILE not in by_step[step])
+    return Inspection(commits, skipped, unfinished, frozenset(quarantined))
+
+
+def read_commit(storage: Storage, step: int) -> Commit:
+    """The commit of a step whose files are all there with the right sizes. Raises Damaged."""
+    prefix = f"{step}/"
+    present = {path.removeprefix(prefix): file for path, file in storage.files(str(step)).items()}
+    if not present:
+        raise Damaged("there is no such step")
+    return _read_commit(storage, step, present)
 
 
 def verify_contents(storage: Storage, commit: Commit, paths: Iterable[str]) -> list[str]:
@@ -130,7 +141,8 @@ def verify_contents(storage: Storage, commit: Commit, paths: Iterable[str]) -> l
 
 
 def _own(name: str) -> bool:
-    return name in OWN_NAMES or TEMPORARY_MARK in name or (name.endswith(".tmp") and name.partition(".json")[0] in {"commit", "meta"})
+    """Of this trainer, temporary files included: `commit.json.<pid>.tmp`."""
+    return name in OWN_NAMES or (name.endswith(".tmp") and name.split(".")[0] in {"commit", "meta"})
 
 
 def _list(storage: Storage) -> dict[str, File]:
@@ -144,7 +156,7 @@ def _list(storage: Storage) -> dict[str, File]:
 
 def _read_commit(storage: Storage, step: int, present: Mapping[str, File]) -> Commit:
     if COMMIT_FILE not in present:
-        raise Damaged(f"unfinished: {COMMIT_FILE} was never written")
+        raise Damaged(f"unfinished: {COMMIT_FILE} is not there")
     try:
         commit = decode(storage.read(f"{step}/{COMMIT_FILE}"))
     except FileNotFoundError:

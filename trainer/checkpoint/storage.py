@@ -1,16 +1,17 @@
 """The few file operations checkpoints need, for a local folder and for gs://. No JAX here.
 
-Paths are relative to the storage's root, with `/` between parts. A missing file is FileNotFoundError, an
-existing one FileExistsError, on both kinds; other trouble is OSError (folder) or GoogleAPICallError (gs://).
+Paths are relative to the storage's root, with `/` between parts. All trouble is OSError: FileNotFoundError for a
+missing file, FileExistsError for one that must not be there, PermissionError.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,10 +21,10 @@ from typing import TYPE_CHECKING, Final, Protocol
 import google_crc32c
 
 if TYPE_CHECKING:
-    from google.cloud.storage import Bucket
+    from google.cloud.storage import Blob, Bucket
 
 CHUNK_BYTES: Final = 8 * 2**20
-DELETES_AT_ONCE: Final = 16
+REQUESTS_AT_ONCE: Final = 16
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class File:
 
 class Storage(Protocol):
     root: str
+    lists_checksums: bool  # whether `files` tells checksums without reading
 
     def files(self, folder: str = "") -> dict[str, File]:
         """Every file under `folder`, by path from the root; empty when there is none."""
@@ -61,6 +63,8 @@ class Storage(Protocol):
         """Delete everything under `folder`; fine when it is not there."""
         ...
 
+    def move_tree(self, source: str, target: str) -> None: ...
+
 
 def open_storage(directory: str) -> Storage:
     return _Bucket(directory) if directory.startswith("gs://") else _Folder(directory)
@@ -71,6 +75,8 @@ def checksum(data: bytes) -> str:
 
 
 class _Folder:
+    lists_checksums = False
+
     def __init__(self, directory: str) -> None:
         self.root = directory
 
@@ -131,8 +137,15 @@ class _Folder:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(Path(self.root, folder))
 
+    def move_tree(self, source: str, target: str) -> None:
+        destination = Path(self.root, target)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        Path(self.root, source).rename(destination)
+
 
 class _Bucket:
+    lists_checksums = True
+
     def __init__(self, directory: str) -> None:
         self.root = directory.rstrip("/")
         self._name, _, prefix = self.root.removeprefix("gs://").partition("/")
@@ -148,51 +161,74 @@ class _Bucket:
         return Client().bucket(self._name)
 
     def files(self, folder: str = "") -> dict[str, File]:
-        prefix = self._prefix + (f"{folder}/" if folder else "")
-        blobs = self._bucket.list_blobs(prefix=prefix, fields="items(name,size,crc32c),nextPageToken")
         # Names that end in "/" are the placeholders some clients write for folders.
-        return {
-            blob.name.removeprefix(self._prefix): File(blob.size or 0, blob.crc32c)
-            for blob in blobs
-            if blob.name and not blob.name.endswith("/")
-        }
+        return {path: File(blob.size or 0, blob.crc32c) for path, blob in self._list(folder).items() if not path.endswith("/")}
 
     def read(self, path: str) -> bytes:
-        from google.api_core.exceptions import NotFound
-
-        try:
-            return self._bucket.blob(self._prefix + path).download_as_bytes()
-        except NotFound:
-            raise FileNotFoundError(f"{self.root}/{path}") from None
+        with self._as_os_error(path):
+            return self._blob(path).download_as_bytes()
 
     def write(self, path: str, data: bytes) -> None:
-        self._bucket.blob(self._prefix + path).upload_from_string(data, content_type="application/json", checksum="crc32c")
+        with self._as_os_error(path):
+            self._blob(path).upload_from_string(data, content_type="application/json", checksum="crc32c")
 
     def write_new(self, path: str, data: bytes) -> None:
-        from google.api_core.exceptions import PreconditionFailed
-
-        blob = self._bucket.blob(self._prefix + path)
         try:
-            blob.upload_from_string(data, content_type="application/json", checksum="crc32c", if_generation_match=0)
-        except PreconditionFailed:
+            with self._as_os_error(path):
+                blob = self._blob(path)
+                blob.upload_from_string(data, content_type="application/json", checksum="crc32c", if_generation_match=0)
+        except FileExistsError:
             # A retry after a lost acknowledgement meets its own write: that is success.
             if self.read(path) != data:
-                raise FileExistsError(f"{self.root}/{path}") from None
+                raise
 
     def crc32c(self, path: str) -> str:
-        blob = self._bucket.get_blob(self._prefix + path)
-        if blob is None or blob.crc32c is None:
-            raise FileNotFoundError(f"{self.root}/{path}")
-        return blob.crc32c
+        with self._as_os_error(path):
+            blob = self._blob(path)
+            blob.reload()
+            return str(blob.crc32c)
 
     def remove(self, path: str) -> None:
-        from google.api_core.exceptions import NotFound
-
-        with contextlib.suppress(NotFound):
-            self._bucket.blob(self._prefix + path).delete()
+        with contextlib.suppress(FileNotFoundError), self._as_os_error(path):
+            self._blob(path).delete()
 
     def remove_tree(self, folder: str) -> None:
-        names = [blob.name for blob in self._bucket.list_blobs(prefix=f"{self._prefix}{folder}/", fields="items(name),nextPageToken")]
-        with ThreadPoolExecutor(DELETES_AT_ONCE) as pool:
-            for _ in pool.map(lambda name: self.remove(name.removeprefix(self._prefix)), names):
-                pass
+        self._at_once(self.remove, self._list(folder))
+
+    def move_tree(self, source: str, target: str) -> None:
+        def move(path: str) -> None:
+            with self._as_os_error(path):
+                self._bucket.rename_blob(self._blob(path), f"{self._prefix}{target}{path.removeprefix(source)}")
+
+        self._at_once(move, self._list(source))
+
+    def _blob(self, path: str) -> Blob:
+        return self._bucket.blob(self._prefix + path)
+
+    def _list(self, folder: str) -> dict[str, Blob]:
+        prefix = self._prefix + (f"{folder}/" if folder else "")
+        with self._as_os_error(folder):
+            blobs = self._bucket.list_blobs(prefix=prefix, fields="items(name,size,crc32c),nextPageToken")
+            return {str(blob.name).removeprefix(self._prefix): blob for blob in blobs}
+
+    @staticmethod
+    def _at_once(action: Callable[[str], None], paths: Iterable[str]) -> None:
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            list(pool.map(action, paths))
+
+    @contextlib.contextmanager
+    def _as_os_error(self, path: str) -> Iterator[None]:
+        from google.api_core import exceptions as api
+        from google.auth.exceptions import GoogleAuthError
+
+        where = f"{self.root}/{path}"
+        try:
+            yield
+        except api.NotFound as error:
+            raise FileNotFoundError(errno.ENOENT, error.message, where) from error
+        except api.PreconditionFailed as error:
+            raise FileExistsError(errno.EEXIST, error.message, where) from error
+        except (api.Forbidden, api.Unauthorized, GoogleAuthError) as error:
+            raise PermissionError(errno.EACCES, f"{os.strerror(errno.EACCES)}: {error}", where) from error
+        except api.GoogleAPIError as error:
+            raise OSError(errno.EIO, str(error), where) from error

@@ -1,0 +1,142 @@
+"""Flat dicts of arrays to and from storage: the only module that knows Orbax.
+
+An item is `{path: jax.Array}`, written by Orbax's PyTree handler (OCDBT, zarr 2) into a folder of its own. Each
+process writes the shards of which it holds the first replica, as they are: no computation, no collective, no
+barrier. The handler is used without Orbax's checkpointers because the commit protocol above it is ours
+(see `commit`): a second one would add barriers that wait without being told of a failure elsewhere.
+Orbax is imported by the first save or restore.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from trainer.checkpoint.layout import Leaf, Move, Same, Stack, Unstack
+
+if TYPE_CHECKING:
+    from orbax.checkpoint import PyTreeCheckpointHandler
+
+Item = Mapping[str, jax.Array]
+AbstractItem = Mapping[str, jax.ShapeDtypeStruct]
+
+CHUNK_BYTES: Final = 64 * 2**20
+"""A shard is stored in pieces of at most this size, so that another mesh need not read all of it for a part."""
+
+
+def describe(item: Item | AbstractItem) -> dict[str, Leaf]:
+    return {path: Leaf(tuple(leaf.shape), str(leaf.dtype)) for path, leaf in item.items()}
+
+
+class Writing:
+    """A save whose values are copied off the devices; the writing goes on."""
+
+    def __init__(self, folders: list[str], futures: list[Any]) -> None:
+        self._folders = folders
+        self._futures = futures
+
+    def wait(self, remaining_seconds: Callable[[], float]) -> None:
+        """Until this process has written its part. Raises what the writing raised, TimeoutError when time is up."""
+        for future in self._futures:
+            future.result(timeout=max(remaining_seconds(), 0.001))
+
+    def merge(self) -> None:
+        """On process 0, once every process has written: one index over the parts."""
+        from etils import epath
+
+        for folder in self._folders:
+            _handler().finalize(epath.Path(folder))
+
+
+def start_writing(directory: str, items: Mapping[str, Item]) -> Writing:
+    """Copy every value to the host and begin to write `directory`/<item>/. The arrays may be donated on return."""
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    async def copy() -> list[Any]:
+        futures: list[Any] = []
+        for name, item in items.items():
+            options = {path: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for path in item}
+            saved = await _handler().async_save(epath.Path(directory, name), args=ocp.args.PyTreeSave(dict(item), options))
+            futures += saved or []
+        return futures
+
+    folders = [f"{directory}/{name}" for name in items]
+    if not directory.startswith("gs://"):
+        for folder in folders:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+    return Writing(folders, asyncio.run(copy()))
+
+
+def read(folder: str, moves: tuple[Move, ...], wanted: AbstractItem) -> dict[str, jax.Array]:
+    """The wanted tensors, each read straight into its sharding; converted ones one tensor at a time."""
+    read_as_is = {move.path: wanted[move.path] for move in moves if isinstance(move, Same)}
+    found = _read(folder, read_as_is)
+    for move in moves:
+        match move:
+            case Same():
+                pass
+            case Unstack(source, targets):
+                found |= zip(targets, _unstacked(folder, source, [wanted[target] for target in targets]), strict=True)
+            case Stack(sources, target):
+                found[target] = _stacked(folder, sources, wanted[target])
+    return found
+
+
+def _unstacked(folder: str, source: str, wanted: list[jax.ShapeDtypeStruct]) -> tuple[jax.Array, ...]:
+    first, count = wanted[0], len(wanted)
+    whole = jax.ShapeDtypeStruct((count, *first.shape), first.dtype, sharding=_with_leading_dim(first.sharding))
+    shardings = tuple(leaf.sharding for leaf in wanted)
+    split = jax.jit(lambda stacked: tuple(stacked[repeat] for repeat in range(count)), out_shardings=shardings)
+    return split(_read(folder, {source: whole})[source])
+
+
+def _stacked(folder: str, sources: tuple[str, ...], wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    part = jax.ShapeDtypeStruct(wanted.shape[1:], wanted.dtype, sharding=_without_leading_dim(wanted.sharding))
+    parts = _read(folder, dict.fromkeys(sources, part))
+    return jax.jit(lambda parts: jnp.stack(parts), out_shardings=wanted.sharding)([parts[source] for source in sources])
+
+
+def _with_leading_dim(sharding: Any) -> Any:
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec)) if isinstance(sharding, NamedSharding) else sharding
+
+
+def _without_leading_dim(sharding: Any) -> Any:
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])) if isinstance(sharding, NamedSharding) else sharding
+
+
+def _read(folder: str, wanted: AbstractItem) -> dict[str, jax.Array]:
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    if not wanted:
+        return {}
+    placed = {
+        path: leaf if leaf.sharding else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(jax.local_devices()[0]))
+        for path, leaf in wanted.items()
+    }
+    restore_args = ocp.checkpoint_utils.construct_restore_args(placed)
+    arguments = ocp.args.PyTreeRestore(item=dict(placed), restore_args=restore_args, partial_restore=True)
+    return _handler().restore(epath.Path(folder), args=arguments)
+
+
+_handlers: list[PyTreeCheckpointHandler] = []
+
+
+def _handler() -> PyTreeCheckpointHandler:
+    """One for the process. Uncompressed: trained float32 weights shrink by a tenth at twice the time."""
+    import orbax.checkpoint as ocp
+
+    if not _handlers:
+        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every phase of every save
+        arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+        _handlers.append(ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry))
+    return _handlers[0]

@@ -1,0 +1,256 @@
+"""The checkpoints of one run: save, list, verify, restore, delete."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import jax
+
+from trainer.checkpoint.arrays import AbstractItem, Item, describe, read, start_writing
+from trainer.checkpoint.commit import (
+    COMMIT_FILE,
+    ITEMS,
+    META_FILE,
+    QUARANTINE,
+    Damaged,
+    Inspection,
+    checkpoint_directory,
+    inspect,
+    read_commit,
+    verify_contents,
+)
+from trainer.checkpoint.layout import Leaf, Plan, plan, shorten
+from trainer.checkpoint.peers import Peers
+from trainer.checkpoint.retention import steps_to_delete
+from trainer.checkpoint.saving import Save
+from trainer.checkpoint.storage import open_storage
+from trainer.checkpoint.trouble import save_error
+from trainer.config.run import Checkpoint
+from trainer.errors import CheckpointError, TrainerError
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """Directory N of `<run_directory>/checkpoints` holds the state after N completed updates.
+
+    Every process creates one and calls every method in the same order, except `check` and `meta`. An item is a flat
+    dict of arrays by path; `params`, `opt` and `rest` are separate items, so that parameters can be read alone.
+    """
+
+    def __init__(self, config: Checkpoint, run_directory: str) -> None:
+        self._config = config
+        self._storage = open_storage(checkpoint_directory(run_directory))
+        self._peers = Peers()
+        self._operations = 0
+        self._verified: set[int] = set()
+        self._skipped: dict[int, str] = {}
+        self._save: Save | None = None
+        self._may_write = False
+
+    @property
+    def skipped(self) -> Mapping[int, str]:
+        """Steps that `latest_step` found unfinished or damaged, with the reason."""
+        return self._skipped
+
+    def latest_step(self) -> int | None:
+        """The newest committed step whose content is what was written; None for a new run.
+
+        Steps that are unfinished or damaged are passed over, reported as warnings and kept in `skipped`. Raises
+        CheckpointError when the directory cannot be read or is not ours.
+        """
+        operation, deadline = self._operation("latest")
+        verdict: dict[str, Any] = {}
+        if self._peers.is_primary:
+            inspection = self._inspect()
+            verdict = {"steps": inspection.steps, "skipped": list(inspection.skipped.items())}
+        verdict = json.loads(self._peers.broadcast(operation, json.dumps(verdict) if self._peers.is_primary else None, deadline=deadline))
+        self._skipped = {}
+        for step, reason in verdict["skipped"]:
+            if self._save is None or step != self._save.step:
+                self._skip(step, reason)
+        for step in reversed(verdict["steps"]):
+            if not (wrong := self._verify(step)):
+                return step
+            self._skip(step, "; ".join(wrong[:3]))
+        return None
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What was given to `save`. Raises CheckpointError where the step is not committed."""
+        if step not in self._verified:
+            self._read_commit(step)
+        return self._document(step)["run"]
+
+    def save(self, step: int, items: Mapping[str, Item], meta: Mapping[str, Any]) -> None:
+        """Begin to save; returns when the values are copied off the devices, so the arrays may be donated at once.
+
+        Never skips: while an earlier save is in flight it waits for that one first. Saving a step that is already
+        committed does nothing. Raises what made an earlier save fail, and CheckpointError or SaveFailed of its own.
+        """
+        self.wait()
+        if step in self._verified:
+            return
+        self._take_possession(step)
+        operation, _ = self._operation(f"save-{step}")
+        try:
+            described = {name: {path: asdict(leaf) for path, leaf in describe(item).items()} for name, item in items.items()}
+            writing = start_writing(f"{self._storage.root}/{step}", items)
+        except (OSError, ValueError) as error:
+            failure = save_error(step, self._storage.root, error)
+            self._peers.fail(operation, str(failure))
+            raise failure from error
+        self._save = Save(
+            step=step,
+            meta={"step": step, "items": described, "run": meta},
+            storage=self._storage,
+            peers=self._peers,
+            writing=writing,
+            timeout_seconds=self._config.save_timeout_seconds,
+            operation=operation,
+            after_commit=self._delete_old,
+        )
+
+    def check(self) -> None:
+        """Raises what made the save in flight fail; otherwise returns at once. Call it every step."""
+        save = self._save
+        if save is None:
+            return
+        try:
+            committed = save.check()
+        except TrainerError:
+            self._save = None
+            raise
+        if committed:
+            self._verified.add(save.step)
+            self._save = None
+
+    def wait(self) -> None:
+        """Until the save in flight is committed. Raises as `check`."""
+        if self._save is not None:
+            self._save.wait()
+            self.check()
+
+    def close(self) -> None:
+        """Wait for the save in flight. Raises as `check`."""
+        self.wait()
+
+    def restore(self, step: int, abstract_items: Mapping[str, AbstractItem]) -> dict[str, dict[str, jax.Array]]:
+        """The named items of a committed step, each tensor with the shape, dtype and sharding of its abstract leaf.
+
+        The mesh, the number of processes and the stacking of layers may differ from those of the save. Files are
+        verified first. Raises CheckpointError for a step that is not there or damaged, and for tensors that are
+        missing, left over or of another shape or dtype: all of them at once.
+        """
+        if wrong := self._verify(step, tuple(abstract_items)):
+            raise CheckpointError(f"step {step} of {self._storage.root} cannot be restored: {'; '.join(wrong[:3])}")
+        document = self._document(step)["items"]
+        plans: dict[str, Plan] = {}
+        problems: list[str] = []
+        for name, wanted in abstract_items.items():
+            saved = {path: Leaf(tuple(leaf["shape"]), leaf["dtype"]) for path, leaf in document.get(name, {}).items()}
+            plans[name] = plan(saved, describe(wanted))
+            problems += [f"{name}: {problem}" for problem in plans[name].problems]
+        if problems:
+            raise CheckpointError(
+                f"step {step} of {self._storage.root} does not fit this model, {len(problems)} problems:\n{shorten(problems)}",
+                hint="use the model and optimizer configuration the checkpoint was written with (see its meta.json)",
+            )
+        return {name: read(f"{self._storage.root}/{step}/{name}", plans[name].moves, wanted) for name, wanted in abstract_items.items()}
+
+    def _inspect(self) -> Inspection:
+        try:
+            return inspect(self._storage)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._storage.root} cannot be read: {error.strerror}", hint="check the path and the permissions"
+            ) from error
+
+    def _verify(self, step: int, items: tuple[str, ...] = ITEMS) -> list[str]:
+        """What is wrong with the content of a step; each process reads its share of the files. Agreed on all of them."""
+        if step in self._verified:
+            return []
+        operation, deadline = self._operation(f"verify-{step}")
+        wrong: list[str] = []
+        if self._peers.is_primary or not self._storage.lists_checksums:
+            try:
+                commit = read_commit(self._storage, step)
+            except Damaged as reason:
+                wrong = [str(reason)]
+            else:
+                needed = sorted(path for path in commit.files if path.partition("/")[0] in (*items, META_FILE))
+                # Where the store lists checksums, reading the commit has compared them.
+                share = [] if self._storage.lists_checksums else needed[self._peers.index :: self._peers.count]
+                wrong = verify_contents(self._storage, commit, share)
+        parts = self._peers.gather(operation, json.dumps(wrong), deadline=deadline)
+        together = json.dumps(list(dict.fromkeys(reason for part in parts for reason in json.loads(part))))
+        agreed = json.loads(self._peers.broadcast(operation, together if self._peers.is_primary else None, deadline=deadline))
+        if not agreed and items == ITEMS:
+            self._verified.add(step)
+        return agreed
+
+    def _read_commit(self, step: int) -> None:
+        try:
+            read_commit(self._storage, step)
+        except Damaged as reason:
+            raise CheckpointError(f"step {step} of {self._storage.root} cannot be used: {reason}") from None
+
+    def _document(self, step: int) -> dict[str, Any]:
+        return json.loads(self._storage.read(f"{step}/{META_FILE}"))
+
+    def _skip(self, step: int, reason: str) -> None:
+        self._skipped[step] = reason
+        if self._peers.is_primary:
+            _log.warning("checkpoint %s of %s is not used: %s", step, self._storage.root, reason)
+
+    def _take_possession(self, first_step: int) -> None:
+        """Before the first write: nothing is ever written into what an earlier attempt left behind.
+
+        Unfinished steps are deleted; damaged ones are evidence and move to `quarantine/`.
+        """
+        if self._may_write:
+            return
+        operation, deadline = self._operation("possession")
+        if self._peers.is_primary:
+            try:
+                self._clear(first_step)
+            except (OSError, CheckpointError) as error:
+                failure = save_error(first_step, self._storage.root, error)
+                self._peers.fail(operation, str(failure))
+                raise failure from error
+        self._peers.barrier(operation, deadline=deadline)
+        self._may_write = True
+
+    def _clear(self, first_step: int) -> None:
+        inspection = self._inspect()
+        for step in sorted(inspection.skipped.keys() | self._skipped.keys()):
+            if step in inspection.unfinished:
+                self._storage.remove_tree(str(step))
+            else:
+                names = (f"{step}.{n}" if n else str(step) for n in range(len(inspection.quarantined) + 1))
+                name = next(name for name in names if name not in inspection.quarantined)
+                self._storage.move_tree(str(step), f"{QUARANTINE}/{name}")
+                _log.warning("damaged checkpoint %s of %s moved to %s/%s", step, self._storage.root, QUARANTINE, name)
+        if first_step in inspection.steps and first_step not in self._skipped:
+            raise CheckpointError(
+                f"{self._storage.root} already holds a committed step {first_step} that this run did not start from",
+                hint="resume from the newest step, or use another run_directory",
+            )
+
+    def _delete_old(self, committed: int) -> None:
+        """Runs on process 0 after a commit. The commit file goes first: a step that is half deleted does not exist."""
+        try:
+            steps = {*self._inspect().steps, committed}
+            for step in steps_to_delete(steps, keep_last=self._config.keep_last, keep_every_steps=self._config.keep_every_steps):
+                self._storage.remove(f"{step}/{COMMIT_FILE}")
+                self._storage.remove_tree(str(step))
+        except (OSError, CheckpointError) as error:  # too many checkpoints harm less than a lost run; the next save tries again
+            _log.warning("old checkpoints of %s could not be deleted: %s", self._storage.root, error)
+
+    def _operation(self, name: str) -> tuple[str, float]:
+        self._operations += 1
+        return f"{self._operations}-{name}", time.monotonic() + self._config.save_timeout_seconds
