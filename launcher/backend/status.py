@@ -13,6 +13,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final
 
+from launcher.backend.values import items, mapping
 from trainer.contract import CONTAINER_NAME, MEANING
 
 Manifest = dict[str, Any]
@@ -24,6 +25,7 @@ JOB_INDEX_LABEL: Final = "jobset.sigs.k8s.io/job-index"
 RESTART_ATTEMPT_LABEL: Final = "jobset.sigs.k8s.io/restart-attempt"
 COMPLETION_INDEX_LABEL: Final = "batch.kubernetes.io/job-completion-index"
 QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
+RUN_DIRECTORY_ANNOTATION: Final = "nnxlaunch/run-directory"
 
 
 class JobState(StrEnum):
@@ -156,12 +158,12 @@ def job_status(jobset: Manifest, pods: Iterable[Manifest], jobs: Iterable[Manife
 def pod_status(pod: Manifest) -> PodStatus:
     metadata, status = pod["metadata"], pod.get("status", {})
     labels = metadata.get("labels", {})
-    containers = status.get("containerStatuses") or []
-    container = next((c for c in containers if c.get("name") == CONTAINER_NAME), containers[0] if containers else {})
-    state = container.get("state") or {}
-    ended, waiting, running = state.get("terminated") or {}, state.get("waiting") or {}, state.get("running") or {}
+    containers = items(status.get("containerStatuses"))
+    container = next((c for c in containers if c.get("name") == CONTAINER_NAME), mapping(containers[0] if containers else None))
+    state = mapping(container.get("state"))
+    ended, waiting, running = mapping(state.get("terminated")), mapping(state.get("waiting")), mapping(state.get("running"))
     message = ended.get("message") or waiting.get("message") or waiting.get("reason") or status.get("message") or ended.get("reason") or ""
-    unscheduled = next((c for c in status.get("conditions") or [] if c["type"] == "PodScheduled" and c["status"] == "False"), None)
+    unscheduled = next((c for c in items(status.get("conditions")) if c["type"] == "PodScheduled" and c["status"] == "False"), None)
     if not message and unscheduled:
         message = unscheduled.get("message", "")
     return PodStatus(
@@ -170,9 +172,9 @@ def pod_status(pod: Manifest) -> PodStatus:
         worker=int(labels.get(COMPLETION_INDEX_LABEL, 0)),
         attempt=int(labels.get(RESTART_ATTEMPT_LABEL, 0)),
         phase=status.get("phase", "Pending"),
-        ready=any(c["type"] == "Ready" and c["status"] == "True" for c in status.get("conditions") or []),
+        ready=any(c["type"] == "Ready" and c["status"] == "True" for c in items(status.get("conditions"))),
         leaving="deletionTimestamp" in metadata,
-        node=(pod.get("spec") or {}).get("nodeName"),
+        node=mapping(pod.get("spec")).get("nodeName"),
         exit_code=ended.get("exitCode"),
         message=message.strip(),
         started_at=timestamp(running.get("startedAt") or ended.get("startedAt")),
@@ -199,15 +201,14 @@ def failure_cause(pods: Sequence[PodStatus], jobs: Iterable[Manifest]) -> str:
     """What ended the last attempt, from the Job that failed first and the words its pod left; empty when unknown."""
     failed = sorted(
         (
-            (condition.get("lastTransitionTime") or "", condition.get("message", ""), job["metadata"]["name"])
+            (str(condition.get("lastTransitionTime") or ""), str(condition.get("message", "")))
             for job in jobs
-            for condition in job.get("status", {}).get("conditions") or []
+            for condition in items(mapping(job.get("status")).get("conditions"))
             if condition["type"] in ("Failed", "FailureTarget") and condition["status"] == "True"
         ),
-        key=lambda item: str(item[0]),
     )
     by_name = {pod.name: pod for pod in pods}
-    for _, message, _ in failed:
+    for _, message in failed:
         if match := _EXIT.search(message):
             pod = by_name.get(match["pod"].rpartition("/")[2])
             return _pod_cause(pod) if pod else f"pod {match['pod']} exited with {explain_exit(int(match['code']))}"
@@ -249,7 +250,7 @@ def _state(
     if metadata.get("deletionTimestamp"):
         return JobState.CANCELLING, "", _waiting_for(pods)
     if spec.get("suspend"):
-        queue = (metadata.get("labels") or {}).get(QUEUE_LABEL)
+        queue = mapping(metadata.get("labels")).get(QUEUE_LABEL)
         if queue:
             return JobState.QUEUED, _reason(true, "Suspended"), f"waiting in queue {queue}"
         return JobState.SUSPENDED, _reason(true, "Suspended"), "suspended"

@@ -11,3 +11,7 @@ def mapping(value: Any) -> dict[str, Any]:
 
 def items(value: Any) -> list[dict[str, Any]]:
     return value or []
+
+
+def strings(value: Any) -> list[str]:
+    return value or []

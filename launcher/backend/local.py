@@ -1,0 +1,173 @@
+"""The backend of this machine: it runs the rendered JobSet itself, as processes under a supervisor of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
+
+from launcher.backend.local_jobset import LocalJobSet
+from launcher.backend.local_logs import log_lines
+from launcher.backend.local_pod import refuse_what_cannot_run_here
+from launcher.backend.local_state import LOOK_SECONDS, JobFolder, Snapshot, create_folder, state_root
+from launcher.backend.status import RUN_DIRECTORY_ANNOTATION, Event, JobStatus, LogLine, Manifest
+from launcher.backend.values import mapping
+from launcher.errors import AlreadyExists, NotFound, Unavailable
+from trainer.contract import CONFIG_FILE
+
+START_SECONDS: Final = 30.0
+PATIENCE_SECONDS: Final = 15.0
+"""Beyond the pods' grace, before a supervisor is killed that does not end."""
+
+
+class LocalBackend:
+    def __init__(self, *, namespace: str = "default") -> None:
+        self.namespace = namespace
+        self._root = state_root() / namespace
+
+    def create(self, manifests: Sequence[Manifest], *, replace: bool = False) -> JobStatus:
+        jobset = next(manifest for manifest in manifests if manifest["kind"] == "JobSet")
+        name = jobset["metadata"]["name"]
+        refuse_what_cannot_run_here(jobset)
+        if find_spec("jax") is None:
+            raise Unavailable("this Python has the launcher, but not the trainer's libraries", hint="install nnxlaunch[train]")
+        placed = _placed(manifests, self.namespace)
+        control = LocalJobSet(next(manifest for manifest in placed if manifest["kind"] == "JobSet"), lambda: datetime.now(UTC))
+        if replace:
+            with contextlib.suppress(NotFound):
+                self.delete(name)
+        self._forget_expired(name)
+        folder = JobFolder(self._root / name)
+        try:
+            create_folder(folder.path, {"manifests.json": {"manifests": placed, "directory": os.getcwd()}})
+        except FileExistsError:
+            raise AlreadyExists(
+                f"a local job {name!r} exists already", hint="choose another name, or take its place with --replace"
+            ) from None
+        folder.write(Snapshot(control.jobset, [], [], []))
+        self._supervise(folder)
+        return self.get(name)
+
+    def get(self, name: str) -> JobStatus:
+        return self._status(self._folder(name))
+
+    def list(self) -> list[JobStatus]:
+        found: list[JobStatus] = []
+        for path in sorted(self._root.glob("[!.]*")):
+            self._forget_expired(path.name)
+            with contextlib.suppress(NotFound):
+                found.append(self._status(JobFolder(path)))
+        return found
+
+    def delete(self, name: str) -> None:
+        folder = self._folder(name)
+        pods = [job["template"]["spec"]["template"]["spec"] for job in folder.read().jobset["spec"]["replicatedJobs"]]
+        folder.stop(max(float(pod.get("terminationGracePeriodSeconds", 30)) for pod in pods) + PATIENCE_SECONDS)
+        folder.remove()
+
+    def watch(self, name: str, *, timeout_seconds: float | None = None) -> Iterator[JobStatus]:
+        folder = self._folder(name)
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        last: JobStatus | None = None
+        while True:
+            status = self._status(folder)
+            if status != last:
+                yield status
+            last = status
+            if status.state.finished or (deadline is not None and time.monotonic() >= deadline):
+                return
+            time.sleep(LOOK_SECONDS)
+
+    def logs(self, name: str, *, follow: bool = False, slice_index: int | None = None, worker: int | None = None) -> Iterator[LogLine]:
+        folder = self._folder(name)
+
+        def over() -> bool:
+            return folder.supervisor() is None
+
+        return log_lines(folder, follow=follow, slice_index=slice_index, worker=worker, over=over)
+
+    def events(self, name: str) -> Sequence[Event]:
+        return self._folder(name).read().events
+
+    def _folder(self, name: str) -> JobFolder:
+        folder = JobFolder(self._root / name)
+        if "/" in name or name.startswith(".") or not (folder.path / "status.json").is_file():
+            raise NotFound(
+                f"no local job {name!r} in namespace {self.namespace!r}", hint="see what there is with: nnxlaunch list --backend local"
+            )
+        return folder
+
+    def _status(self, folder: JobFolder) -> JobStatus:
+        """As the supervisor wrote it; without a supervisor, an unfinished job is lost."""
+        alive = folder.supervisor() is not None  # asked first: it may finish between the two
+        snapshot = folder.read()
+        if alive or snapshot.finished:
+            return snapshot.status
+        folder.end_leftovers()
+        lost = {
+            "type": "Failed", "status": "True", "reason": "SupervisorLost",
+            "message": f"the job's supervisor is gone (killed, or this machine was restarted); its words: {folder.path / 'supervisor.log'}",
+            "lastTransitionTime": datetime.fromtimestamp((folder.path / "status.json").stat().st_mtime, UTC).isoformat(),
+        }  # fmt: skip
+        snapshot.jobset["status"] |= {"terminalState": "Failed", "conditions": [lost]}
+        for pod in snapshot.pods:
+            if pod["status"]["phase"] in ("Pending", "Running"):
+                pod["status"]["phase"] = "Unknown"
+        return snapshot.status
+
+    def _forget_expired(self, name: str) -> None:
+        with contextlib.suppress(NotFound):
+            folder = self._folder(name)
+            if folder.supervisor() is None and folder.expired():
+                folder.remove()
+
+    def _supervise(self, folder: JobFolder) -> None:
+        ready, its_end = os.pipe()
+        try:
+            with open(folder.path / "supervisor.log", "ab") as log:
+                command = [sys.executable, "-m", "launcher.backend.local_supervisor", str(folder.path), str(its_end)]
+                environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_import_paths())}
+                done = subprocess.run(
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(its_end,), env=environment,
+                    start_new_session=True, timeout=START_SECONDS, check=False,
+                )  # fmt: skip
+            os.close(its_end)
+            its_end = -1
+            if done.returncode or os.read(ready, 1) != b"1":
+                words = (folder.path / "supervisor.log").read_text()
+                folder.remove()
+                raise Unavailable(f"the job's supervisor did not start:\n{words.strip()}")
+        finally:
+            os.close(ready)
+            if its_end >= 0:
+                os.close(its_end)
+
+
+def _placed(manifests: Sequence[Manifest], namespace: str) -> list[Manifest]:
+    """The manifests in their namespace; the JobSet with a note of its run directory, so that `status` finds the metrics."""
+    directory = ""
+    for manifest in manifests:
+        if manifest["kind"] == "ConfigMap" and CONFIG_FILE in mapping(manifest.get("data")):
+            directory = str(json.loads(manifest["data"][CONFIG_FILE]).get("run_directory", ""))
+    placed: list[Manifest] = []
+    for manifest in manifests:
+        metadata: Manifest = {**manifest["metadata"], "namespace": namespace}
+        if manifest["kind"] == "JobSet" and directory:
+            absolute = directory if "://" in directory else os.path.abspath(directory)
+            metadata["annotations"] = {**mapping(metadata.get("annotations")), RUN_DIRECTORY_ANNOTATION: absolute}
+        placed.append({**manifest, "metadata": metadata})
+    return placed
+
+
+def _import_paths() -> list[str]:
+    """Where this process found the launcher, for programs that run elsewhere."""
+    here = str(Path(__file__).resolve().parents[2])
+    return [here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]

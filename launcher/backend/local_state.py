@@ -1,0 +1,201 @@
+"""The folder of a local job: what it was made of, what it is doing, its logs.
+
+<state>/<namespace>/<name>/
+  manifests.json    as submitted, and where
+  status.json       JobSet, Jobs, pods and events; replaced whole, by the supervisor alone
+  lock              held by the supervisor as long as it lives: the kernel lets go of it however it dies
+  supervisor.json   its process id
+  supervisor.log
+  pods/<pod>/log    output of one pod; pods of earlier attempts stay until the job is cancelled
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+from launcher.backend.local_pod import descendants
+from launcher.backend.status import RESTART_ATTEMPT_LABEL, Event, JobStatus, Manifest, job_status, timestamp
+from launcher.backend.values import mapping
+from launcher.errors import NotFound
+
+STATE_VARIABLE: Final = "NNXLAUNCH_STATE"
+LOOK_SECONDS: Final = 0.1
+IDENTITY_ANNOTATION: Final = "nnxlaunch/local-process"
+"""On a pod: process id and start of its main process."""
+
+
+def state_root() -> Path:
+    chosen = os.environ.get(STATE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base, "nnxlaunch")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One reading of status.json."""
+
+    jobset: Manifest
+    jobs: list[Manifest]
+    pods: list[Manifest]  # of all attempts
+    events: list[Event]
+
+    @property
+    def finished(self) -> bool:
+        return "terminalState" in self.jobset["status"]
+
+    @property
+    def status(self) -> JobStatus:
+        attempt = str(self.jobset["status"]["restarts"])
+        present = [p for p in self.pods if p["metadata"]["labels"][RESTART_ATTEMPT_LABEL] == attempt or _alive(p)]
+        return job_status(self.jobset, present, self.jobs)
+
+
+@dataclass(frozen=True)
+class JobFolder:
+    path: Path
+
+    @property
+    def pods(self) -> Path:
+        return self.path / "pods"
+
+    def read(self) -> Snapshot:
+        """Raises NotFound when the job is gone."""
+        document = self._json("status.json")
+        events = [Event(at=timestamp(raw.pop("at")), **raw) for raw in document["events"]]
+        return Snapshot(document["jobset"], document["jobs"], document["pods"], events)
+
+    def write(self, snapshot: Snapshot) -> None:
+        events = [{**asdict(event), "at": event.at.isoformat() if event.at else None} for event in snapshot.events]
+        _replace(self.path / "status.json", {"jobset": snapshot.jobset, "jobs": snapshot.jobs, "pods": snapshot.pods, "events": events})
+
+    def manifests(self) -> dict[str, Any]:
+        return self._json("manifests.json")
+
+    def supervisor(self) -> int | None:
+        """Its process id while it lives."""
+        if not self._locked():
+            return None
+        with contextlib.suppress(NotFound):
+            return int(self._json("supervisor.json")["pid"])
+        return None
+
+    @contextlib.contextmanager
+    def supervised(self) -> Generator[None]:
+        """Hold the lock of a supervisor."""
+        with open(self.path / "lock", "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            _replace(self.path / "supervisor.json", {"pid": os.getpid()})
+            yield
+
+    def stop(self, patience_seconds: float) -> None:
+        """Ask the supervisor to end the job, wait for it, and end what is left by force."""
+        pid = self.supervisor()
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+            deadline = time.monotonic() + patience_seconds
+            while self._locked() and time.monotonic() < deadline:
+                time.sleep(LOOK_SECONDS / 2)
+            if self._locked():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.end_leftovers()
+
+    def end_leftovers(self) -> None:
+        """Kill what pods have left behind; only after the supervisor is gone."""
+        with contextlib.suppress(NotFound):
+            end_pods(self.read().pods)
+
+    def remove(self) -> None:
+        """Take the name away first, then the files."""
+        grave = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.path, grave)
+            shutil.rmtree(grave, ignore_errors=True)
+
+    def expired(self) -> bool:
+        """Finished longer ago than its `ttlSecondsAfterFinished`."""
+        snapshot = self.read()
+        ttl, finished_at = snapshot.jobset["spec"].get("ttlSecondsAfterFinished"), snapshot.status.finished_at
+        return ttl is not None and finished_at is not None and datetime.now(UTC) > finished_at + timedelta(seconds=ttl)
+
+    def _locked(self) -> bool:
+        try:
+            with open(self.path / "lock", "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            return json.loads((self.path / name).read_bytes())
+        except FileNotFoundError:
+            raise NotFound(f"no local job {self.path.name!r}", hint="see what there is with: nnxlaunch list --backend local") from None
+
+
+def create_folder(path: Path, documents: Mapping[str, Any]) -> None:
+    """Make the folder with its first documents, all of it or nothing. Raises FileExistsError when the name is taken."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    draft.mkdir(mode=0o700)
+    for name, document in documents.items():
+        _replace(draft / name, document)
+    (draft / "lock").touch()
+    (draft / "pods").mkdir()
+    try:
+        os.rename(draft, path)  # onto an existing folder that is not empty this fails
+    except OSError:
+        shutil.rmtree(draft)
+        raise FileExistsError(path) from None
+
+
+def end_pods(pods: Sequence[Manifest]) -> None:
+    """SIGKILL for every process that belongs to one of these pods."""
+    for pod in pods:
+        pid, _, started = str(mapping(pod["metadata"].get("annotations")).get(IDENTITY_ANNOTATION, "")).partition(" ")
+        if pid and process_start(int(pid)) == started:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(int(pid), signal.SIGKILL)
+    uids = [pod["metadata"]["uid"] for pod in pods]
+    for pid in descendants(uids):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def process_start(pid: int) -> str:
+    """When the process started, in the system's own form; empty when it is gone. With its id this names it for good."""
+    if sys.platform == "linux":
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        except OSError:
+            return ""
+    return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _alive(pod: Manifest) -> bool:
+    return pod["status"]["phase"] in ("Pending", "Running")
+
+
+def _replace(path: Path, document: Any) -> None:
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(document))
+    os.replace(draft, path)
