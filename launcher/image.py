@@ -11,7 +11,6 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Final, Literal
@@ -19,7 +18,7 @@ from typing import Final, Literal
 from launcher.errors import NotFound, ToolFailed, Unavailable
 
 Target = Literal["cpu", "tpu"]
-DEFAULT_REPOSITORY: Final = "nnxlaunch"
+DEFAULT_REPOSITORY: Final = "nnxlaunch-trainer"  # `launcher.spec.pod.DEFAULT_IMAGES`: what a spec that names none uses
 PLATFORMS: Final[dict[Target, str | None]] = {"cpu": None, "tpu": "linux/amd64"}  # libtpu has no wheel for another
 DOCKERFILE: Final = Path("docker", "Dockerfile")
 # What the image is made of: a change there makes the revision dirty, an edited README does not.
@@ -27,14 +26,8 @@ _PARTS: Final = ("docker", "launcher", "pyproject.toml", "requirements", "traine
 _REVISION_DIGITS: Final = 12
 
 
-@cache
 def version() -> str:
     return metadata.version("nnxlaunch")
-
-
-def default_reference(target: Target) -> str:
-    """The image of a spec that names none: this release for this target, as `nnxlaunch image build` tags it."""
-    return f"{DEFAULT_REPOSITORY}:{version()}-{target}"
 
 
 @dataclass(frozen=True)
@@ -76,9 +69,8 @@ class Source:
         return commit[:_REVISION_DIGITS] + dash + dirty
 
     def references(self, repository: str, target: Target) -> tuple[Reference, Reference]:
-        """The name of exactly this revision, and the one of the release."""
-        release = f"{version()}-{target}"
-        return Reference(repository, f"{release}-{self.short}"), Reference(repository, release)
+        """The name of exactly this revision, and the one of the newest."""
+        return Reference(repository, f"{target}-{self.short}"), Reference(repository, target)
 
 
 def find_source() -> Source:
@@ -100,18 +92,16 @@ def _revision(root: Path) -> str:
     return commit + ("-dirty" if changed else "")
 
 
-def build(source: Source, *, target: Target, repository: str, pip_config: Path | None = None, network: str | None = None) -> Reference:
+def build(source: Source, *, target: Target, repository: str, pip_config: Path | None = None) -> Reference:
     """Build and tag; returns the name of exactly this revision. Progress goes to standard error. Raises Unavailable, ToolFailed."""
-    exact, release = source.references(repository, target)
-    command = [*_builder(), "--file", str(DOCKERFILE), "--tag", str(exact), "--tag", str(release)]
+    exact, newest = source.references(repository, target)
+    command = [*_builder(), "--file", str(DOCKERFILE), "--tag", str(exact), "--tag", str(newest)]
     for name, value in {"TARGET": target, "VERSION": version(), "REVISION": source.revision}.items():
         command += ["--build-arg", f"{name}={value}"]
     if platform := PLATFORMS[target]:
         command += ["--platform", platform]
     if pip_config:
         command += ["--secret", f"id=pip.conf,src={pip_config.resolve()}"]
-    if network:
-        command += ["--network", network]
     _run([*command, "."], folder=source.root, doing="build the image")
     return exact
 

@@ -12,7 +12,7 @@ from launcher.cli.options import Overrides
 command = typer.Typer(no_args_is_help=True, help="Build or push the trainer image.")
 
 EXAMPLES = """
-  nnxlaunch image build --target cpu                  nnxlaunch:VERSION-cpu, for this machine
+  nnxlaunch image build --target cpu                  nnxlaunch-trainer:cpu, for this machine
   nnxlaunch image build job.yaml                      for the spec's accelerator, under the name in the spec
   nnxlaunch image push job.yaml                       push it, and pin its digest in the spec
 """
@@ -23,7 +23,6 @@ NameOption = Annotated[str | None, typer.Option("--name", metavar="REPOSITORY", 
 PipConfig = Annotated[
     Path | None, typer.Option("--pip-config", metavar="FILE", help="pip.conf for a private index; used to build, never kept.")
 ]
-BuildNetwork = Annotated[str | None, typer.Option("--network", metavar="MODE", help="Network of the build, as `docker build` takes it.")]
 
 
 @command.command("build")
@@ -32,17 +31,16 @@ def build_command(
     target: TargetOption = None,
     name: NameOption = None,
     pip_config: PipConfig = None,
-    network: BuildNetwork = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Build the image from this clone; print its name.
 
-    It gets two tags: VERSION-TARGET-REVISION, which is printed, and VERSION-TARGET, which a spec without an image uses.
+    It gets two tags: TARGET-REVISION, which is printed, and TARGET, which a spec without an image uses.
     """
     from launcher import image
 
     chosen, repository = _chosen(spec, target, name, overrides)
-    print(image.build(image.find_source(), target=chosen, repository=repository, pip_config=pip_config, network=network))
+    print(image.build(image.find_source(), target=chosen, repository=repository, pip_config=pip_config))
 
 
 @command.command("push")

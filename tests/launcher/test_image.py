@@ -11,6 +11,7 @@ import yaml
 from launcher import image
 from launcher.image import Reference
 from launcher.spec.pin import pin_image, pinned
+from launcher.spec.pod import DEFAULT_IMAGES
 
 PIN = "registry.example/p/trainer:0.1.0-tpu-abc@sha256:" + "0" * 64
 
@@ -88,10 +89,9 @@ def test_a_changed_part_of_the_image_makes_the_revision_dirty_and_another_file_d
     (tmp_path / "docker" / "Dockerfile").write_text("FROM other\n")
     dirty = image.find_source()
     assert dirty.revision == f"{clean.revision}-dirty"
-    exact, release = dirty.references("registry.example/trainer", "tpu")
-    assert exact.tag == f"{image.version()}-tpu-{clean.revision[:12]}-dirty"
-    assert release.tag == f"{image.version()}-tpu"
-    assert str(image.default_reference("tpu")) == str(dirty.references("nnxlaunch", "tpu")[1])
+    exact, newest = dirty.references(image.DEFAULT_REPOSITORY, "tpu")
+    assert exact.tag == f"tpu-{clean.revision[:12]}-dirty"
+    assert str(newest) == DEFAULT_IMAGES["tpu"]
 
 
 def test_without_docker_the_error_is_one_sentence_with_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
