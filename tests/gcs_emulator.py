@@ -220,14 +220,14 @@ def split_multipart(body: bytes, content_type: str) -> list[bytes]:
     if not found:
         raise Refused(400, "multipart without boundary")
     mark = b"--" + found[1].encode()
-    newline = b"\r\n" if mark + b"\r\n" in body else b"\n"
+    newline = b"\r\n" if body.lstrip().startswith(mark + b"\r\n") else b"\n"
     parts = (newline + body).split(newline + mark)[1:-1]
     return [part.removeprefix(newline) for part in parts]
 
 
 def head_and_content(part: bytes) -> tuple[bytes, bytes]:
-    head, _, content = part.partition(b"\r\n\r\n" if b"\r\n\r\n" in part else b"\n\n")
-    return head, content
+    head, *content = re.split(rb"\r\n\r\n|\n\n", part, maxsplit=1)
+    return head, content[0] if content else b""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -248,7 +248,7 @@ class Handler(BaseHTTPRequestHandler):
         except Refused as refused:
             self._refuse(refused)
 
-    do_GET = do_POST = do_PUT = do_DELETE = handle_any
+    do_GET = do_POST = do_PUT = do_DELETE = handle_any  # noqa: N815 - the base class calls them so
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -17,11 +17,13 @@ class _Source(Node):
 
 
 class Text(_Source):
-    """Plain UTF-8 text files; a file is a document."""
+    """Plain UTF-8 text files."""
 
     type: Literal["text"] = "text"
     paths: Paths
     """Files or globs (`**` crosses folders), local or gs://."""
+    separator: Annotated[str, Field(min_length=1)] | None = None
+    """Stands between the documents of a file, such as `<|endoftext|>`. Default: a file is a document."""
 
 
 class JsonLines(_Source):

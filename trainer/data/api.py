@@ -8,8 +8,9 @@ from typing import Any
 
 from trainer.config import ConfigError, Problem, TrainConfig
 from trainer.config.data import Synthetic
+from trainer.data.content import Content, digest
 from trainer.data.order import MAX_SAMPLES, Mixture
-from trainer.data.prepare import Content, Packing, Prepared, Report, digest, prepare_source
+from trainer.data.prepare import Packing, Prepared, Report, prepare_source
 from trainer.data.split import EvalSplit, Rows, StoredRows, SyntheticRows, TrainSplit
 from trainer.data.state import Identity
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
@@ -52,8 +53,9 @@ def open_data(config: TrainConfig, *, process_index: int = 0, process_count: int
     for source in config.data.sources:
         if isinstance(source, Synthetic):
             rows = source.distinct_batches * global_batch
-            train.append(SyntheticRows(rows, config.model.vocab_size, 2 * config.seed))
-            held_out.append(SyntheticRows(eval_batch, config.model.vocab_size, 2 * config.seed + 1))
+            shape = {"length": packing.sequence_length, "vocabulary": config.model.vocab_size}
+            train.append(SyntheticRows(count=rows, seed=2 * config.seed, **shape))
+            held_out.append(SyntheticRows(count=eval_batch, seed=2 * config.seed + 1, **shape))
             contents.append(Content("synthetic", 0, 0, digest(["synthetic", rows, config.model.vocab_size])))
             continue
         assert tokenizer is not None

@@ -45,14 +45,14 @@ def row_count(tokens: int, length: int) -> int:
     return -(-max(0, tokens - 1) // length)
 
 
-def widen(stored: np.ndarray, out: np.ndarray) -> None:
-    """A stored row, or its part, into uint32 [T + 1], filled with padding behind it."""
-    out[stored.size :] = PADDING
+def widen(stored: np.ndarray) -> np.ndarray:
+    """Stored tokens of either type, all bits set for padding, as uint32 with START and PADDING; a new array."""
+    wide = stored.astype(np.uint32)
     if stored.dtype.itemsize == 4:
-        out[: stored.size] = stored
-    else:
-        wide = stored.astype(np.uint32)
-        out[: stored.size] = (wide & 0x7FFF) | ((wide & 0x8000) << 16)
+        return wide
+    wide = (wide & 0x7FFF) | ((wide & 0x8000) << 16)
+    wide[stored == 0xFFFF] = PADDING
+    return wide
 
 
 def batch_of(rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -19,15 +19,15 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trainer.data import packing
+from trainer.data.content import Content, content_of, digest
 from trainer.data.order import ORDER_VERSION
 from trainer.data.sources import FileSource, Part, can_be_cut, describe, documents, list_files
-from trainer.data.storage import Folder, SourceFile, content_hash, open_folder
+from trainer.data.storage import Folder, SourceFile, open_folder
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
 
@@ -38,7 +38,6 @@ _INDEX = "index.json"
 _ENCODE_BYTES = 1 * MIB  # text handed to the tokenizer at once
 _LOOK_EVERY_SECONDS = 2.0  # how often a process that helps out looks whether the piece is there by now
 _REPORT_EVERY_SECONDS = 5.0
-_MEMO_FROM_BYTES = 64 * MIB  # smaller local files are hashed at every start
 
 
 @dataclass(frozen=True)
@@ -52,16 +51,6 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class Content:
-    """What a source holds, whatever its files are called."""
-
-    source: str
-    files: int
-    size: int  # bytes
-    fingerprint: str
-
-
-@dataclass(frozen=True)
 class Prepared:
     """One source in the cache. `tokens[split][i]` and `documents[split]` count piece i's and all pieces' share."""
 
@@ -70,11 +59,6 @@ class Prepared:
     dtype: np.dtype[Any]
     tokens: dict[str, list[int]]
     documents: dict[str, int]
-
-
-def digest(value: Any) -> str:
-    """Of any JSON value."""
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def prepare_source(
@@ -93,9 +77,10 @@ def prepare_source(
     `piece_bytes` of source text make a piece; by default about 1/256 of the source, from 1 MiB to 64 MiB.
     """
     files = list_files(source)
-    content = _content(source, files, cache)
-    pieces = cut(source, files, piece_bytes or _piece_bytes(content.size))
-    key = digest([content.fingerprint, tokenizer.fingerprint, asdict(packing_), len(pieces)])
+    content = content_of(source, files, cache)
+    piece_bytes = piece_bytes or _piece_bytes(content.size)
+    pieces = cut(source, files, piece_bytes)
+    key = digest([content.fingerprint, tokenizer.fingerprint, asdict(packing_), piece_bytes])
     folder = open_folder(f"{cache.rstrip('/')}/{key}")
     if not folder.exists(_INDEX):
         maker = _Maker(source, pieces, tokenizer, packing_.held_out, folder, report)
@@ -174,7 +159,7 @@ class _Maker:
         for split, parts in tokens.items():
             stream = packing.store(parts, dtype)
             if stream.size:
-                self.folder.write(_stream(piece, split), stream.tobytes())
+                self.folder.write(stream_name(piece, split), stream.tobytes())
             commit[split] = {"tokens": int(stream.size), "documents": len(parts)}
         self.folder.write(_commit(piece), json.dumps(commit).encode())
 
@@ -203,11 +188,8 @@ def _commit(piece: int) -> str:
     return f"{piece:05}.json"
 
 
-def _stream(piece: int, split: str) -> str:
+def stream_name(piece: int, split: str) -> str:
     return f"{piece:05}.{split}"
-
-
-stream_name = _stream
 
 
 def _open(folder: Folder, content: Content) -> Prepared:
@@ -216,7 +198,7 @@ def _open(folder: Folder, content: Content) -> Prepared:
     tokens = {split: [int(commit[split]["tokens"]) for commit in pieces] for split in SPLITS}
     for split in SPLITS:
         for piece, count in enumerate(tokens[split]):
-            name, wanted = _stream(piece, split), count * dtype.itemsize
+            name, wanted = stream_name(piece, split), count * dtype.itemsize
             if sizes.get(name, 0) != wanted:
                 raise DataError(
                     f"the data cache is damaged: {folder.url}/{name} has {sizes.get(name, 0):,} bytes, not {wanted:,}",
@@ -229,36 +211,3 @@ def _open(folder: Folder, content: Content) -> Prepared:
         tokens=tokens,
         documents={split: sum(int(commit[split]["documents"]) for commit in pieces) for split in SPLITS},
     )
-
-
-def _content(source: FileSource, files: Sequence[SourceFile], cache: str) -> Content:
-    settings = source.model_dump(exclude={"weight", "paths", "max_bytes"})
-    checksums = _checksums(files, cache)
-    return Content(
-        source=describe(source),
-        files=len(files),
-        size=sum(file.size for file in files),
-        fingerprint=digest([settings, [[file.size, checksum] for file, checksum in zip(files, checksums, strict=True)]]),
-    )
-
-
-def _checksums(files: Sequence[SourceFile], cache: str) -> list[str]:
-    """Of every file's bytes. Large local files are read once: their hash is remembered with size and time of change."""
-    large = [file for file in files if not file.checksum and file.size >= _MEMO_FROM_BYTES]
-    if not large:
-        return [file.checksum or content_hash(file.path) for file in files]
-    root, name = open_folder(cache), "checksums.json"
-    memo: dict[str, list[Any]] = json.loads(root.read([name])[0]) if root.exists(name) else {}
-    known = dict(memo)
-    for file in large:
-        changed = Path(file.path).stat().st_mtime_ns
-        state = [file.size, changed]
-        if known.get(file.path, [])[:2] == state:
-            continue
-        # A file still being written could change again within the clock's grain: its hash is used, not remembered.
-        checksum = content_hash(file.path)
-        known[file.path] = [*state, checksum]
-        if time.time_ns() - changed > 10**10:
-            memo[file.path] = known[file.path]
-    root.write(name, json.dumps(memo, sort_keys=True).encode())
-    return [file.checksum or (known[file.path][2] if file.path in known else content_hash(file.path)) for file in files]

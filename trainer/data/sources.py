@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,11 +20,13 @@ from typing import Any, BinaryIO
 
 from trainer.config.base import near_miss
 from trainer.config.data import ArrayRecord, JsonLines, Parquet, PythonStandardLibrary, Text
-from trainer.data.storage import SourceFile, find_files, local_copy, open_file, reading
+from trainer.data.storage import SourceFile, accessing, find_files, local_copy, open_file
 from trainer.errors import DataError
 
 FileSource = Text | JsonLines | Parquet | ArrayRecord | PythonStandardLibrary
 # Tests need files in broken encodings; the rest is not the library, or differs between builds of the same version.
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BLOCK_BYTES = 1 << 20
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -76,7 +79,14 @@ def _standard_library(max_bytes: int | None) -> list[SourceFile]:
 def can_be_cut(source: FileSource, file: SourceFile) -> bool:
     if isinstance(source, JsonLines):
         return not file.path.endswith(".gz")
+    if isinstance(source, Text):
+        return source.separator is not None and not _overlaps_itself(source.separator)
     return isinstance(source, Parquet | ArrayRecord)
+
+
+def _overlaps_itself(separator: str) -> bool:
+    """Where it can, as blank lines can, finding separators needs the file from its start."""
+    return any(separator.startswith(separator[shift:]) for shift in range(1, len(separator)))
 
 
 def documents(source: FileSource, part: Part) -> Iterator[bytes]:
@@ -87,6 +97,8 @@ def documents(source: FileSource, part: Part) -> Iterator[bytes]:
         found = _parquet(source, part)
     elif isinstance(source, ArrayRecord):
         found = _array_record(part)
+    elif isinstance(source, Text) and source.separator:
+        found = _separated(source.separator.encode(), part)
     else:
         found = _text(part)
     return (document for document in found if document)
@@ -94,8 +106,34 @@ def documents(source: FileSource, part: Part) -> Iterator[bytes]:
 
 def _text(part: Part) -> Iterator[bytes]:
     with open_file(part.file.path) as file:
-        data = file.read().removeprefix(b"\xef\xbb\xbf")  # byte order mark
+        data = file.read().removeprefix(_BYTE_ORDER_MARK)
     yield _checked(data, part.file.path)
+
+
+def _separated(separator: bytes, part: Part) -> Iterator[bytes]:
+    """The documents that begin in this part of the file: at its start, or right behind a separator."""
+    path = part.file.path
+    start, stop = part.cut(part.file.size)
+    with open_file(path) as file:
+        base = max(0, start - len(separator))  # offset of the buffer in the file
+        file.seek(base)
+        buffer, begin, search, inside = b"", 0, 0, start == 0  # inside: a document of this part begins at `begin`
+        while (offset := base + begin) < stop:
+            found = buffer.find(separator, search)
+            if found < 0 and (block := file.read(max(_BLOCK_BYTES, len(buffer)))):
+                rest = buffer[begin:]
+                search = max(0, len(rest) - len(separator) + 1)
+                buffer, base, begin = rest + block, offset, 0
+                continue
+            document = buffer[begin : found if found >= 0 else None]
+            if inside:
+                yield _checked(
+                    document.removeprefix(_BYTE_ORDER_MARK) if offset == 0 else document, f"{path}, document at offset {offset:,}"
+                )
+            if found < 0:
+                return
+            begin = search = found + len(separator)
+            inside = True
 
 
 def _checked(data: bytes, where: str) -> bytes:
@@ -117,9 +155,7 @@ def _json_lines(source: JsonLines, part: Part) -> Iterator[bytes]:
     start, stop = part.cut(part.file.size)
     with open_file(path) as raw:
         if path.endswith(".gz"):
-            with reading(path), gzip.open(raw) as lines:
-                for number, line in enumerate(lines, 1):
-                    yield _field(source.field, line, f"{path}, line {number:,}")
+            yield from _compressed_lines(source.field, raw, path)
             return
         if start:  # the line that crosses the border belongs to the part it begins in
             raw.seek(start - 1)
@@ -130,6 +166,16 @@ def _json_lines(source: JsonLines, part: Part) -> Iterator[bytes]:
             except DataError as error:
                 message = str(error).removeprefix(path)
                 raise DataError(f"{path}, line {_line_number(raw, offset):,}{message}", hint=error.hint) from None
+
+
+def _compressed_lines(field: str, raw: BinaryIO, path: str) -> Iterator[bytes]:
+    number = 0
+    try:
+        with gzip.open(raw) as lines:
+            for number, line in enumerate(lines, 1):
+                yield _field(field, line, f"{path}, line {number:,}")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: not a whole gzip file: {error} after line {number:,}", hint="fetch the file again") from error
 
 
 def _line_number(file: BinaryIO, offset: int) -> int:
@@ -205,7 +251,7 @@ def _array_record(part: Part) -> Iterator[bytes]:
     from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]  # compiled, no stubs
 
     path = part.file.path
-    with local_copy(path) as local, reading(path):
+    with local_copy(path) as local, accessing(path):
         if not os.access(local, os.R_OK):
             raise PermissionError(13, "permission denied")
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,6 +16,7 @@ from trainer.data.storage import Span
 from trainer.errors import DataError
 
 PADDING_ROW = -1
+_BLOCK_BATCHES = 32
 
 
 class Rows(Protocol):
@@ -23,8 +25,8 @@ class Rows(Protocol):
     count: int
     shuffled: bool
 
-    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """int64 [B] row numbers -> wide tokens (packing.widen) into uint32 [B, T + 1]."""
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [B] row numbers -> uint32 [B, T + 1] wide tokens (packing.widen)."""
         ...
 
 
@@ -41,13 +43,16 @@ class StoredRows:
         self._begins = self._ends - counts
         self.count = int(self._ends[-1]) if counts else 0
 
-    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
+    def read(self, rows: np.ndarray) -> np.ndarray:
         pieces = np.searchsorted(self._ends, rows, side="right")
         spans: list[Span] = []
         for piece, first in zip(pieces.tolist(), ((rows - self._begins[pieces]) * self._length).tolist(), strict=True):
             spans.append(Span(stream_name(piece, self._split), first, min(first + self._length + 1, self._tokens[piece])))
-        for stored, row in zip(self._prepared.folder.spans(spans, self._prepared.dtype), out, strict=True):
-            packing.widen(stored, row)
+        dtype = self._prepared.dtype
+        stored = np.full((len(spans), self._length + 1), np.iinfo(dtype).max, dtype)
+        for row, found in zip(stored, self._prepared.folder.spans(spans, dtype), strict=True):
+            row[: found.size] = found
+        return packing.widen(stored)
 
 
 class SyntheticRows:
@@ -55,19 +60,18 @@ class SyntheticRows:
 
     shuffled = False
 
-    def __init__(self, count: int, vocabulary: int, seed: int) -> None:
-        self.count, self._vocabulary, self._seed = count, np.uint64(vocabulary), np.uint64(seed)
+    def __init__(self, *, count: int, length: int, vocabulary: int, seed: int) -> None:
+        self.count, self._vocabulary = count, np.uint64(vocabulary)
+        self._key = scramble(np.array([seed + 1], np.uint64))
+        self._columns = np.arange(length + 1, dtype=np.uint64)[None, :]
 
-    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
-        width = np.uint64(out.shape[1])
-        key = scramble(np.array([self._seed + np.uint64(1)], np.uint64))
-        cells = rows.astype(np.uint64)[:, None] * width + np.arange(out.shape[1], dtype=np.uint64)[None, :]
-        out[:] = scramble(cells + key) % self._vocabulary
-        out[:, 0] |= packing.START
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        cells = rows.astype(np.uint64)[:, None] * np.uint64(self._columns.size) + self._columns
+        return (scramble(cells + self._key) % self._vocabulary).astype(np.uint32)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class Split(ABC):
     """Rows of all sources behind one another; `ids` below number them in that order, -1 is a row of padding."""
 
     sources: Sequence[Rows]
@@ -87,19 +91,19 @@ class Split:
     def row_count(self) -> int:
         return int(self.offsets[-1])
 
+    @abstractmethod
     def batch_rows(self, n: int) -> np.ndarray:
         """int64 [B] ids of the rows of global batch n: a pure function of (seed, n)."""
-        raise NotImplementedError
 
     def rows(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """int64 [B] ids -> the batch `packing.batch_of` describes. Raises DataError when the cache gives an impossible token."""
-        wide = np.full((len(ids), self.sequence_length + 1), packing.PADDING, np.uint32)
         owner = np.searchsorted(self.offsets, ids, side="right") - 1
-        for index in np.unique(owner[ids != PADDING_ROW]):
-            chosen = np.flatnonzero(owner == index)
-            block = np.empty((len(chosen), wide.shape[1]), np.uint32)
-            self.sources[index].read(ids[chosen] - self.offsets[index], block)
-            wide[chosen] = block
+        if owner.size and owner[0] >= 0 and (owner == owner[0]).all():
+            wide = self.sources[owner[0]].read(ids - self.offsets[owner[0]])
+        else:
+            wide = np.full((len(ids), self.sequence_length + 1), packing.PADDING, np.uint32)
+            for index in set(owner.tolist()) - {PADDING_ROW}:
+                wide[owner == index] = self.sources[index].read(ids[owner == index] - self.offsets[index])
         batch = packing.batch_of(wide)
         largest = max(int(batch["inputs"].max(initial=0)), int(batch["targets"].max(initial=0)))
         if largest >= self.vocabulary:
@@ -117,13 +121,26 @@ class TrainSplit(Split):
     seed: int
     shuffle: bool
     mixture: Mixture = field(init=False)
+    _latest: tuple[int, np.ndarray] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "mixture", Mixture(self.weights))
+        object.__setattr__(self, "_latest", (0, self._blocks_ids(0)))
 
     def batch_rows(self, n: int) -> np.ndarray:
-        samples = np.arange(n * self.global_batch, (n + 1) * self.global_batch, dtype=np.int64)
+        # The arithmetic costs the same for one batch as for many, so it is done for a block and the block kept.
+        block, within = divmod(n, _BLOCK_BATCHES)
+        number, ids = self._latest
+        if number != block:
+            ids = self._blocks_ids(block)
+            object.__setattr__(self, "_latest", (block, ids))
+        return ids[within]
+
+    def _blocks_ids(self, block: int) -> np.ndarray:
+        """int64 [_BLOCK_BATCHES, B]: the ids of the block's batches."""
+        size = _BLOCK_BATCHES * self.global_batch
+        samples = np.arange(block * size, (block + 1) * size, dtype=np.int64)
         owner, index = self.mixture.locate(samples)
         ids = np.empty_like(samples)
         for number, rows in enumerate(self.sources):
@@ -134,7 +151,7 @@ class TrainSplit(Split):
                 if self.shuffle and rows.shuffled:
                     order = permute(order, rows.count, f"{self.seed}/{number}/{epoch}")
                 ids[chosen] = self.offsets[number] + order
-        return ids
+        return ids.reshape(_BLOCK_BATCHES, self.global_batch)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trainer.data.prepare import Content, Packing, digest
+from trainer.data.content import Content, digest
+from trainer.data.prepare import Packing
 
 
 @dataclass(frozen=True)

@@ -65,12 +65,23 @@ class LocalFolder:
         return [Path(self.url, name).read_bytes() for name in names]
 
     def write(self, name: str, data: bytes) -> None:
-        temporary = os.path.join(self.url, f"{name}.{uuid.uuid4().hex}.tmp")
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, os.path.join(self.url, name))
+        target = os.path.join(self.url, name)
+        temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except FileNotFoundError:
+            if not os.path.exists(target):  # else another process committed the same bytes and cleaned up
+                raise
+        except OSError as error:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise DataError(
+                f"the data cache {self.url} cannot be written: {error.strerror}", hint="make room, or set data.cache_directory"
+            ) from error
 
     def exists(self, name: str) -> bool:
         return os.path.exists(os.path.join(self.url, name))
@@ -100,24 +111,28 @@ class BucketFolder:
         self._fs = bucket_client()
 
     def read(self, names: Sequence[str]) -> list[bytes]:
-        found: dict[str, bytes] = self._fs.cat([f"{self.url}/{name}" for name in names]) if names else {}
-        return [found[f"{self.url[5:]}/{name}"] for name in names]
+        with accessing(self.url):
+            found: dict[str, bytes] = self._fs.cat([f"{self.url}/{name}" for name in names])
+        return [found[f"{self.url.removeprefix('gs://')}/{name}"] for name in names]
 
     def write(self, name: str, data: bytes) -> None:
-        self._fs.pipe_file(f"{self.url}/{name}", data)
+        with accessing(f"{self.url}/{name}", "written"):
+            self._fs.pipe_file(f"{self.url}/{name}", data)
 
     def exists(self, name: str) -> bool:
-        return self._fs.isfile(f"{self.url}/{name}")
+        with accessing(self.url):
+            return self._fs.isfile(f"{self.url}/{name}")
 
     def sizes(self) -> dict[str, int]:
-        with suppress(FileNotFoundError):
+        with accessing(self.url), suppress(FileNotFoundError):
             return {entry["name"].rpartition("/")[2]: entry["size"] for entry in self._fs.ls(self.url, detail=True, refresh=True)}
         return {}
 
     def spans(self, spans: Sequence[Span], dtype: np.dtype[Any]) -> list[np.ndarray]:
         paths = [f"{self.url}/{span.name}" for span in spans]
         size = dtype.itemsize
-        read = self._fs.cat_ranges(paths, [span.start * size for span in spans], [span.stop * size for span in spans], on_error="raise")
+        with accessing(self.url):
+            read = self._fs.cat_ranges(paths, [span.start * size for span in spans], [span.stop * size for span in spans], on_error="raise")
         return [np.frombuffer(data, dtype) for data in read]
 
     def clean(self) -> None:
@@ -158,7 +173,7 @@ def find_files(pattern: str) -> list[SourceFile]:
 
 
 def _find_in_bucket(pattern: str) -> list[SourceFile]:
-    with reading(pattern):
+    with accessing(pattern):
         client = bucket_client()
         entries: dict[str, dict[str, Any]] = client.glob(pattern, detail=True)
         return [
@@ -169,20 +184,29 @@ def _find_in_bucket(pattern: str) -> list[SourceFile]:
 
 
 @contextmanager
-def reading(path: str) -> Iterator[None]:
+def accessing(path: str, what: str = "read") -> Iterator[None]:
     """Turns what goes wrong with `path` in the file system or its client into DataError."""
     try:
         yield
-    except OSError as error:  # gcsfs and google-auth wrap most refusals in it, without an errno
-        raise DataError(
-            f"{path} cannot be read: {error.strerror or error}", hint="check that it exists and that this process may read it"
-        ) from error
+    except (OSError, *_client_errors(path)) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DataError(f"{path} cannot be {what}: {reason}", hint="check that it exists and that this process may do it") from error
+
+
+def _client_errors(path: str) -> tuple[type[Exception], ...]:
+    if not path.startswith("gs://"):
+        return ()
+    from aiohttp import ClientError
+    from gcsfs.retry import HttpError
+    from google.auth.exceptions import GoogleAuthError
+
+    return (HttpError, GoogleAuthError, ClientError)
 
 
 @contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
     """A seekable stream of bytes."""
-    with reading(path):
+    with accessing(path):
         file = bucket_client().open(path, "rb", cache_type="readahead") if path.startswith("gs://") else open(path, "rb")
         with cast(BinaryIO, file):
             yield file
@@ -194,7 +218,7 @@ def local_copy(path: str) -> Iterator[str]:
     if not path.startswith("gs://"):
         yield path
         return
-    with tempfile.TemporaryDirectory() as folder, reading(path):
+    with tempfile.TemporaryDirectory() as folder, accessing(path):
         target = os.path.join(folder, "copy")
         bucket_client().get_file(path, target)
         yield target
@@ -202,5 +226,5 @@ def local_copy(path: str) -> Iterator[str]:
 
 def content_hash(path: str) -> str:
     """Of a local file's bytes."""
-    with reading(path), open(path, "rb") as file:
+    with accessing(path), open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()  # pyright: ignore[reportArgumentType]
