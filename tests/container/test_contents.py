@@ -15,14 +15,8 @@ OURS = ("opt/venv/", "opt/nnxlaunch/")
 ACCOUNTS = {f"etc/{name}{backup}" for name in ("passwd", "group", "shadow", "gshadow", "subuid", "subgid") for backup in ("", "-")}
 # What the engine itself puts into every container, and useradd's records of logins.
 BOOKKEEPING = {
-    ".dockerenv",
-    "dev/console",
-    "etc/hostname",
-    "etc/hosts",
-    "etc/mtab",
-    "etc/resolv.conf",
-    "var/log/faillog",
-    "var/log/lastlog",
+    *(".dockerenv", "dev/console", "etc/hostname", "etc/hosts", "etc/mtab", "etc/resolv.conf"),
+    *("var/log/faillog", "var/log/lastlog"),
 }
 
 
