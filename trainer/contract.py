@@ -83,5 +83,6 @@ ATTEMPTS_WITHOUT_PROGRESS: Final = 3
 # The trainer runs with the config of a directory; these names are fixed in it.
 CHECKPOINT_FOLDER: Final = "checkpoints"
 METRICS_FOLDER: Final = "metrics"
+METRICS_FILE: Final = "metrics.jsonl"  # in that folder, where it is local
 LOG_FOLDER: Final = "logs"
 ATTEMPTS_FILE: Final = "attempts.json"
