@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from launcher.backend.values import items, mapping
 from trainer.contract import CONTAINER_NAME, MEANING
@@ -180,6 +180,25 @@ def pod_status(pod: Manifest) -> PodStatus:
         started_at=timestamp(running.get("startedAt") or ended.get("startedAt")),
         finished_at=timestamp(ended.get("finishedAt")),
     )
+
+
+def as_data(value: JobStatus | Event) -> dict[str, Any]:
+    """The value as plain data for JSON or YAML; times in RFC 3339."""
+    return {key: _plain(item) for key, item in asdict(value).items()}
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case datetime():
+            return value.isoformat(timespec="seconds")
+        case dict():
+            return {str(key): _plain(item) for key, item in cast("dict[Any, Any]", value).items()}
+        case list() | tuple():
+            return [_plain(item) for item in cast("Sequence[Any]", value)]
+        case StrEnum():
+            return value.value
+        case _:
+            return value
 
 
 def explain_exit(code: int) -> str:

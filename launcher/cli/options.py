@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from launcher.backend import BackendKind
+
 
 class Output(StrEnum):
     TABLE = "table"
@@ -22,3 +24,7 @@ JobName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the job.")
 Namespace = Annotated[str | None, typer.Option("--namespace", "-n", help="Kubernetes namespace; default: the context's.")]
 Context = Annotated[str | None, typer.Option("--context", help="Context of the kubeconfig; default: the current one.")]
 Kubeconfig = Annotated[Path | None, typer.Option("--kubeconfig", help="Kubeconfig file; default: $KUBECONFIG or ~/.kube/config.")]
+BackendChoice = Annotated[
+    BackendKind,
+    typer.Option("--backend", envvar="NNXLAUNCH_BACKEND", help="Where the job runs: on a cluster, or as processes of this machine."),
+]

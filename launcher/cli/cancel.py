@@ -1,0 +1,28 @@
+"""`nnxlaunch cancel`."""
+
+from __future__ import annotations
+
+from launcher.backend import BackendKind
+from launcher.cli.options import BackendChoice, Context, JobName, Kubeconfig, Namespace
+
+EXAMPLES = """  nnxlaunch cancel my-run
+"""
+
+
+def command(
+    name: JobName,
+    backend: BackendChoice = BackendKind.KUBERNETES,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Stop a job and remove it; returns when its processes are gone.
+
+    A running trainer gets its grace period to save. The run directory stays; the same spec submitted again resumes.
+    """
+    from launcher.cli.backends import connect, job
+
+    target = connect(backend, context=context, kubeconfig=kubeconfig, namespace=namespace, name=name)
+    job(target, backend, name)
+    target.delete(name)
+    print(f"{name}: cancelled")
