@@ -1,0 +1,155 @@
+"""Rules across the nodes of a TrainConfig. A rule is a generator of problems; all of them run, every time. No JAX here."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from typing import Final
+
+from trainer.config.data import ArrayRecord, Bytes, JsonLines, Parquet, PythonStandardLibrary, Synthetic, Text
+from trainer.config.mesh import MESH_AXES
+from trainer.config.optimizer import Cosine, WarmupStableDecay
+from trainer.config.paths import path_fault
+from trainer.config.problem import Problem
+from trainer.config.rules import RULES
+from trainer.config.train import TrainConfig
+
+BYTES_VOCABULARY: Final = 258
+"""256 bytes, begin and end of a document."""
+
+
+def check_train(config: TrainConfig, *, slices: int, devices_per_slice: int, processes: int) -> Iterator[Problem]:
+    """Every problem of `config` on so many slices, devices of a slice, and processes (hosts) in all."""
+    shape = yield from mesh_fits(config, slices=slices, devices_per_slice=devices_per_slice)
+    if shape is not None:
+        yield from batch_divides(config, shape)
+        yield from model_divides(config, shape)
+    yield from schedule_ends(config)
+    yield from steps_are_reached(config, processes=processes)
+    yield from tokenizer_fits(config)
+    yield from paths_are_usable(config)
+
+
+def mesh_fits(config: TrainConfig, *, slices: int, devices_per_slice: int) -> Generator[Problem, None, dict[str, int] | None]:
+    """Degrees inside a slice multiply to its devices, degrees between slices to the slices. Returns the mesh, or None."""
+    fits = True
+    totals = {"ici": (devices_per_slice, "devices per slice"), "dcn": (slices, "slices")}
+    for link, (total, what) in totals.items():
+        degrees = getattr(config.mesh, link)
+        try:
+            degrees.solve(total, what)
+        except ValueError as error:
+            fits = False
+            hint = f"degrees of mesh.{link} whose product is {total}; one of them may be -1: what is left"
+            given = {axis: getattr(degrees, axis) for axis in MESH_AXES}
+            yield Problem(path=f"mesh.{link}", message=str(error), hint=hint, code="mesh", value=str(given), limit=total)
+    return config.mesh.shape(slices=slices, devices_per_slice=devices_per_slice) if fits else None
+
+
+def batch_shards(shape: dict[str, int]) -> int:
+    """Ways the batch is split over a mesh."""
+    axes = next(axes for name, axes in RULES if name == "batch")
+    shards = 1
+    for axis in axes:
+        shards *= shape.get(axis, 1)
+    return shards
+
+
+def batch_divides(config: TrainConfig, shape: dict[str, int]) -> Iterator[Problem]:
+    """Every microbatch, and every evaluation batch, has the same number of sequences on every shard of the batch."""
+    shards, accumulation = batch_shards(shape), config.batch.accumulation
+    axes = " x ".join(f"{axis}={shape[axis]}" for axis in next(axes for name, axes in RULES if name == "batch"))
+    batches = {"batch.global_batch": (config.batch.global_batch, accumulation)}
+    if config.eval is not None and config.eval.global_batch is not None:
+        batches["eval.global_batch"] = (config.eval.global_batch, 1)
+    for path, (sequences, parts) in batches.items():
+        unit = shards * parts
+        if sequences % unit:
+            needed = f"{shards} batch shards ({axes})" + (f" x {parts} accumulation" if parts > 1 else "")
+            hint = f"{unit}" if sequences < unit else f"{sequences - sequences % unit} or {sequences - sequences % unit + unit}"
+            message = f"{sequences} sequences cannot be divided evenly over {needed}: not a multiple of {unit}"
+            yield Problem(path=path, message=message, hint=hint, code="batch-shards", value=sequences, limit=unit)
+
+
+def model_divides(config: TrainConfig, shape: dict[str, int]) -> Iterator[Problem]:
+    """Dims that a mesh axis splits are multiples of its degree; otherwise the axis would do nothing but cost."""
+    model, tensor, fsdp = config.model, shape.get("tensor", 1), shape.get("fsdp", 1)
+    if model.width % fsdp:
+        yield _uneven("model.width", model.width, "fsdp", fsdp)
+    for s, segment in enumerate(model.segments):
+        for p, block in enumerate(segment.pattern):
+            path = f"model.segments.{s}.pattern.{p}"
+            for name, size in (("attention.heads", block.attention.heads), ("mlp.hidden", block.mlp.hidden)):
+                if size % tensor:
+                    yield _uneven(f"{path}.{name}", size, "tensor", tensor)
+
+
+def _uneven(path: str, size: int, axis: str, degree: int) -> Problem:
+    message, hint = f"{size} cannot be divided by {axis}={degree}", f"choose a degree of {axis} that divides {size}"
+    return Problem(path=path, message=message, hint=hint, code="model-shards", value=size, limit=degree)
+
+
+def schedule_ends(config: TrainConfig) -> Iterator[Problem]:
+    """Warm-up and decay lie inside the run."""
+    schedule, steps = config.schedule, config.steps
+    decay = schedule.decay_steps if isinstance(schedule, WarmupStableDecay) else 0
+    if schedule.warmup_steps + decay > steps:
+        what = f"{schedule.warmup_steps} warm-up steps" + (f" and {decay} decay steps" if decay else "")
+        path = "schedule.warmup_steps"
+        yield Problem(path=path, message=f"{what}, but the run has {steps}", hint="shorten them", code="schedule", limit=steps)
+    if isinstance(schedule, Cosine) and schedule.decay_until_step is not None and schedule.decay_until_step <= schedule.warmup_steps:
+        message = f"{schedule.decay_until_step} is not after the warm-up ({schedule.warmup_steps} steps)"
+        yield Problem(path="schedule.decay_until_step", message=message, hint="leave it out", code="schedule", limit=schedule.warmup_steps)
+
+
+def steps_are_reached(config: TrainConfig, *, processes: int) -> Iterator[Problem]:
+    """Steps named in the config happen, on processes there are."""
+    if config.eval is not None and config.eval.every_steps > config.steps:
+        message = f"{config.eval.every_steps}, but the run has {config.steps} steps: it would never evaluate"
+        yield Problem(path="eval.every_steps", message=message, hint="lower it, or remove `eval`", code="never", limit=config.steps)
+    save = config.checkpoint
+    if save.keep_every_steps is not None and save.keep_every_steps % save.every_steps:
+        message = f"{save.keep_every_steps} is not a multiple of checkpoint.every_steps ({save.every_steps}), so those steps are not saved"
+        hint = f"a multiple of {save.every_steps}"
+        yield Problem(path="checkpoint.keep_every_steps", message=message, hint=hint, code="never", limit=save.every_steps)
+    trace = config.profiler
+    if trace is not None and trace.last_step >= config.steps:
+        message = f"{trace.last_step}, but the last step is {config.steps - 1}"
+        yield Problem(path="profiler.last_step", message=message, hint="trace earlier steps", code="never", limit=config.steps - 1)
+    for index, process in enumerate(trace.processes if trace is not None else ()):
+        if process >= processes:
+            message = f"{process}, but the last process is {processes - 1}"
+            yield Problem(path=f"profiler.processes.{index}", message=message, hint="0 is the primary", code="never", limit=processes - 1)
+
+
+def tokenizer_fits(config: TrainConfig) -> Iterator[Problem]:
+    """The bytes tokenizer's ids are in the vocabulary."""
+    reads_text = any(not isinstance(source, Synthetic) for source in config.data.sources)
+    if reads_text and isinstance(config.data.tokenizer, Bytes) and config.model.vocab_size < BYTES_VOCABULARY:
+        message, hint = f"{config.model.vocab_size}, but the bytes tokenizer has {BYTES_VOCABULARY} ids", f"at least {BYTES_VOCABULARY}"
+        yield Problem(path="model.vocab_size", message=message, hint=hint, code="vocabulary", limit=BYTES_VOCABULARY)
+
+
+def paths_are_usable(config: TrainConfig) -> Iterator[Problem]:
+    """Well-formed folders or gs:// addresses."""
+    for path, value in named_paths(config):
+        if fault := path_fault(value):
+            yield Problem(path=path, message=f"{value[:120]!r} {fault}", hint="a folder, or gs://bucket/folder", code="path", value=value)
+
+
+def named_paths(config: TrainConfig) -> Sequence[tuple[str, str]]:
+    """Every path in the config with its place in it."""
+    found: list[tuple[str, str | None]] = [
+        ("run_directory", config.run_directory),
+        ("compile_cache", config.compile_cache),
+        ("checkpoint.start_from", config.checkpoint.start_from),
+        ("data.cache_directory", config.data.cache_directory),
+    ]
+    if not isinstance(config.data.tokenizer, Bytes):
+        found.append(("data.tokenizer.path", config.data.tokenizer.path))
+    for index, source in enumerate(config.data.sources):
+        match source:
+            case Text() | JsonLines() | Parquet() | ArrayRecord():
+                found += [(f"data.sources.{index}.paths.{i}", path) for i, path in enumerate(source.paths)]
+            case PythonStandardLibrary() | Synthetic():
+                pass
+    return [(path, value) for path, value in found if value is not None]
