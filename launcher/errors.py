@@ -19,6 +19,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from launcher.redact import redact
+
 if TYPE_CHECKING:
     from trainer.config import Problem
 
@@ -104,5 +106,5 @@ def _print(message: str, hint: str) -> None:
 
 
 def _visible(text: str) -> str:
-    """`text` without control characters that could rewrite the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+    """`text` without secrets, and without control characters that could rewrite the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in redact(text))

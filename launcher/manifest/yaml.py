@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
-_Base: type[yaml.SafeDumper] = yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper
+_Base = cast("type[yaml.SafeDumper]", yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper)
 
 
 class _Dumper(_Base):
@@ -17,7 +17,7 @@ class _Dumper(_Base):
         return True
 
     def represent_text(self, value: str) -> yaml.ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+        return yaml.ScalarNode("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)

@@ -31,10 +31,9 @@ class Tpu(Node):
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
-        if (self.type is None) == (self.accelerator is None):
-            raise ValueError("give either `type`, or `accelerator` and `topology`")
-        if (self.accelerator is None) != (self.topology is None):
-            raise ValueError("`accelerator` and `topology` belong together")
+        given = [key for key in ("type", "accelerator", "topology") if getattr(self, key) is not None]
+        if given not in (["type"], ["accelerator", "topology"]):
+            raise ValueError(f"give `type`, or `accelerator` and `topology`; given: {', '.join(given) or 'none'}")
         return self
 
     def slice(self) -> Slice:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from trainer.config.base import Node, PositiveInt
+from trainer.config.base import Node
 
 
 def shorthand(key: str) -> BeforeValidator:
@@ -63,7 +63,7 @@ class Queue(Node):
     name: Annotated[str, Field(min_length=1)]
     priority: str | None = None
     """A WorkloadPriorityClass: order in the queue, without touching the pods' priority."""
-    max_run_seconds: PositiveInt | None = None
+    max_run_seconds: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     """Kueue ends the job after this long."""
 
 

@@ -11,9 +11,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from launcher.spec.accelerator import Cpu, Layout, Tpu
 from launcher.spec.capacity import CapacityField, Exclusive, NoPlacement, OnDemand, Placement, PlacementField, QueueField, Spot, shorthand
-from launcher.spec.pod import DEFAULT_IMAGES, EnvValue, Image, Network, Resources, Text, Volume
-from trainer.config import TrainConfig
-from trainer.config.base import Node, NonNegativeInt
+from launcher.spec.pod import DEFAULT_IMAGES, EnvValue, Image, Int32, Network, Resources, Text, Volume
+from trainer.config import ConfigError, Problem, TrainConfig
+from trainer.config.base import Node
 
 Security = Literal["restricted", "root_no_caps", "privileged"]
 
@@ -21,7 +21,7 @@ Security = Literal["restricted", "root_no_caps", "privileged"]
 class Failure(Node):
     """What happens when a process ends badly; `nnxlaunch explain` prints what each exit code does."""
 
-    max_restarts: NonNegativeInt = 10
+    max_restarts: Int32 = 10
     """Restarts that count: crashes, lost peers, out of memory."""
     mode: Literal["smart", "strict", "simple"] = "smart"
     """`smart`: preemption is free, an error in the program or config ends the job, the rest is restarted up to
@@ -63,7 +63,7 @@ class JobSpec(Node):
     """Time between SIGTERM and SIGKILL. Default: 25 on spot capacity, else 120."""
     placement: PlacementField | None = None
     """Default: exclusive node pools for multi-host TPU slices, none otherwise."""
-    ttl_seconds: NonNegativeInt | None = 43_200
+    ttl_seconds: Int32 | None = 43_200
     """A finished job is deleted after this long; null keeps it."""
     labels: Annotated[dict[str, str], BeforeValidator(_with_text_keys)] = Field(default_factory=dict)
     annotations: Annotated[dict[str, str], BeforeValidator(_with_text_keys)] = Field(default_factory=dict)
@@ -90,8 +90,11 @@ class JobSpec(Node):
 
     @model_validator(mode="after")
     def _one_accelerator(self) -> Self:
-        if (self.tpu is None) == (self.cpu is None):
-            raise ValueError("give either `tpu` or `cpu`")
+        if self.tpu is None and self.cpu is None:
+            raise ConfigError([Problem(path="tpu", message="is required, or `cpu`", hint="such as `tpu: {type: v5e-16}`", code="accelerator")])
+        if self.tpu is not None and self.cpu is not None:
+            hint = "remove one of them; on the command line, `--set cpu=null`"
+            raise ConfigError([Problem(path="tpu", message="a job has `tpu` or `cpu`, not both", hint=hint, code="accelerator")])
         return self
 
     @cached_property

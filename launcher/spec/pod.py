@@ -7,9 +7,11 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from trainer import contract
-from trainer.config.base import Node, PositiveInt
+from trainer.config.base import Node
 
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
+Int32 = Annotated[int, Field(ge=0, le=2**31 - 1)]
+"""What the API server stores for most counts."""
 
 
 DEFAULT_IMAGES: Final = {"cpu": "nnxlaunch-trainer:cpu", "tpu": "nnxlaunch-trainer:tpu"}
@@ -46,6 +48,9 @@ def _kind_of_value(value: Any) -> str:
 EnvValue = Annotated[Annotated[str, Tag("text")] | Annotated[FromSecret, Tag("secret")], Discriminator(_kind_of_value)]
 
 
+Gib = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
 class _Volume(Node):
     mount_path: Text
     """Absolute path in the container."""
@@ -73,14 +78,14 @@ class Memory(_Volume):
     """Files in the host's memory; lost with the pod."""
 
     type: Literal["memory"] = "memory"
-    size_gib: PositiveInt
+    size_gib: Gib
 
 
 class EmptyDirectory(_Volume):
     """Files on the host's disk; lost with the pod."""
 
     type: Literal["empty_directory"] = "empty_directory"
-    size_gib: PositiveInt | None = None
+    size_gib: Gib | None = None
 
 
 Volume = Annotated[GcsFuse | Claim | Memory | EmptyDirectory, Field(discriminator="type")]

@@ -1,0 +1,129 @@
+"""Cross-field rules. A rule is a generator of problems; all rules run, and all problems are reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+from pydantic import ValidationError
+
+from launcher.checks import accelerator, names, paths, pod
+from launcher.checks.server import check_jobset
+from launcher.errors import SpecError
+from launcher.manifest import render
+from launcher.spec import JobSpec, Layout
+from launcher.spec.load import read
+from trainer.config import ConfigError, Problem, validate
+from trainer.config.load import problems_of
+
+__all__ = ["check", "check_jobset", "load", "problems_in"]
+
+Target = Literal["kubernetes", "local"]
+
+SPEC_RULES: Final[tuple[Callable[[JobSpec], Iterator[Problem]], ...]] = (
+    names.name_is_a_label,
+    names.subdomain_is_a_label,
+    names.object_names,
+    names.selector_values,
+    names.labels_are_valid,
+    names.annotations_are_valid,
+    accelerator.tpu_exists,
+    accelerator.queued_provisioning_needs_a_queue,
+    paths.directory_is_usable,
+    pod.host_network_needs_privileges,
+    pod.grace_fits_capacity,
+    pod.jobset_knows_the_fields,
+    pod.environment_is_valid,
+    pod.environment_has_no_secrets,
+    pod.text_has_no_secrets,
+    pod.mounts_are_apart,
+    pod.image_is_a_reference,
+)
+"""Rules that need no devices."""
+
+LAYOUT_RULES: Final[tuple[Callable[[JobSpec, Layout], Iterator[Problem]], ...]] = (
+    names.job_names_fit,
+    names.pod_names_fit,
+    names.coordinator_label_fits,
+    accelerator.several_slices_need_several_hosts,
+    accelerator.pods_are_countable,
+    accelerator.train_config_fits,
+    accelerator.placement_fits,
+    accelerator.super_slice_fits,
+    pod.host_network_ports,
+    pod.coordinator_port_is_free,
+)
+"""Rules that need to know the slices, hosts and devices: they wait until the accelerator exists."""
+
+CLUSTER_RULES: Final[tuple[Callable[[JobSpec, Layout], Iterator[Problem]], ...]] = (
+    paths.files_outlive_pods,
+    paths.image_is_reachable,
+)
+"""Rules for a job that goes to a cluster. TPU jobs always do; a CPU job may stay on this machine."""
+
+
+def check(spec: JobSpec, *, target: Target | None = None) -> list[Problem]:
+    """Every problem of a spec. Without a target, a TPU job is taken to go to a cluster, and a CPU job to stay here."""
+    problems = [problem for rule in SPEC_RULES for problem in rule(spec)]
+    if any(problem.code.startswith("tpu-") for problem in problems):
+        return problems
+    layout = spec.layout
+    rules = LAYOUT_RULES
+    if (target or ("kubernetes" if layout.target == "tpu" else "local")) == "kubernetes":
+        rules += CLUSTER_RULES
+    problems += [problem for rule in rules for problem in rule(spec, layout)]
+    return problems or list(check_jobset(render(spec)[-1]))
+
+
+def problems_in(path: str | Path, overrides: Iterable[str] = (), *, target: Target | None = None) -> tuple[JobSpec | None, list[Problem]]:
+    """The spec in a file, if it has the form of one, and all its problems: of form and across fields, together."""
+    try:
+        document, _ = read(path, overrides)
+    except ConfigError as error:
+        return None, error.problems
+    try:
+        spec = validate(JobSpec, document, hidden=("env",))
+    except ConfigError as error:
+        return None, error.problems + _further_problems(document, target)
+    return spec, check(spec, target=target)
+
+
+def load(path: str | Path, overrides: Iterable[str] = (), *, target: Target | None = None) -> JobSpec:
+    """The spec in a file. Raises SpecError with every problem it has."""
+    spec, problems = problems_in(path, overrides, target=target)
+    if spec is None or problems:
+        raise SpecError(problems)
+    return spec
+
+
+def _further_problems(document: dict[str, Any], target: Target | None) -> list[Problem]:
+    """Cross-field problems of what is left of a document without the parts whose form is wrong."""
+    removed: set[str] = set()
+    for _ in range(3):
+        try:
+            spec = JobSpec.model_validate(document)
+        except ValidationError as error:
+            places = {problem.path for problem in problems_of(JobSpec, error)}
+            document, removed = _without(document, places), removed | places
+        else:
+            touched = {_section(place) for place in removed}
+            return [problem for problem in check(spec, target=target) if _section(problem.path) not in touched]
+    return []
+
+
+def _section(path: str) -> tuple[str, ...]:
+    """The part of a spec a path lies in: `tpu`, `train.mesh`."""
+    parts = path.split(".")
+    return tuple(parts[:2] if parts[0] == "train" else parts[:1])
+
+
+def _without(document: Any, places: set[str], here: str = "") -> Any:
+    """`document` without the parts at the dotted `places`."""
+    if isinstance(document, dict):
+        entries = [(key, f"{here}{key}", value) for key, value in cast("dict[str, Any]", document).items()]
+        return {key: _without(value, places, f"{place}.") for key, place, value in entries if place not in places}
+    if isinstance(document, list):
+        listed = [(f"{here}{index}", value) for index, value in enumerate(cast("list[Any]", document))]
+        return [_without(value, places, f"{place}.") for place, value in listed if place not in places]
+    return document
