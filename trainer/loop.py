@@ -1,0 +1,81 @@
+"""The training loop. It never waits for the device: metrics of a step are read after the next one is dispatched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flax import nnx
+
+from trainer.checkpoint import Checkpoints
+from trainer.config.train import TrainConfig
+from trainer.errors import NumericsError, Preempted
+from trainer.loss import LossSums
+from trainer.observe import Profiler, Reporter
+from trainer.state import state_items
+from trainer.step import Batch, TrainStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """What the loop calls, once everything is built."""
+
+    config: TrainConfig
+    train_step: TrainStep
+    evaluate: Callable[[nnx.State], LossSums] | None
+    checkpoints: Checkpoints
+    meta: Callable[[int], Mapping[str, Any]]
+    """What the checkpoint of a number of finished steps says of itself."""
+    reporter: Reporter
+    profiler: Profiler
+    preemption_requested: Callable[[int], bool]
+    """Agreed on all processes; asked once a step."""
+
+    def run(self, state: nnx.State, batches: Iterable[tuple[int, Batch]]) -> nnx.State:
+        """Train to the last step and commit it. `batches` yields (n, batch n) from the resume position on.
+
+        Raises NumericsError, after logging, for a loss or gradient norm that is not finite, Preempted once a
+        checkpoint is committed because any process was asked to leave, and whatever made a save fail.
+        """
+        evaluation: tuple[int, LossSums] | None = None
+        for n, batch in batches:
+            self.profiler.before(n)
+            state, metrics = self.train_step(state, batch)
+            self._require_finite(self.reporter.step(n, metrics))
+            if evaluation:
+                self.reporter.eval(*evaluation)
+                evaluation = None
+            self.profiler.after(n, metrics)
+            done = n + 1
+            last = done == self.config.steps
+            if self.evaluate and self.config.eval and (last or done % self.config.eval.every_steps == 0):
+                evaluation = done, self.evaluate(state)
+            self.checkpoints.check()
+            leaving = self.preemption_requested(done) and not last
+            if last or leaving or done % self.config.checkpoint.every_steps == 0:
+                self._save(done, state)
+            if leaving:
+                self.checkpoints.wait()
+                raise Preempted(f"asked to leave; checkpoint {done} is committed")
+            if last:
+                break
+        if evaluation:
+            self.reporter.eval(*evaluation)
+        self.checkpoints.wait()
+        return state
+
+    def _save(self, done: int, state: nnx.State) -> None:
+        # The copy to the host waits for this step anyway, so reading its metrics is free: a bad state is never saved.
+        self._require_finite(self.reporter.flush())
+        self.checkpoints.save(done, state_items(state), self.meta(done))
+        self.reporter.event("checkpoint", step=done)
+
+    def _require_finite(self, metrics: Mapping[str, float] | None) -> None:
+        if metrics is None or all(math.isfinite(metrics[name]) for name in ("loss", "gradient_norm")):
+            return
+        raise NumericsError(
+            f"step {int(metrics['step'])}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}",
+            hint="every committed checkpoint is from before; lower the learning rate, or look at the rows of this step",
+        )

@@ -1,0 +1,122 @@
+"""One run: assemble the pieces, find where to begin, call the loop."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from trainer import distributed
+from trainer.checkpoint import Checkpoints
+from trainer.checkpoint.mismatch import compare_meta
+from trainer.config.train import TrainConfig
+from trainer.contract import Exit
+from trainer.data import BatchLoader, Data, differences, open_data
+from trainer.errors import ResumeMismatch
+from trainer.feed import Feed
+from trainer.loop import Loop
+from trainer.loss import LossSums
+from trainer.observe import Profiler, Reporter, enable_compile_cache, make_header
+from trainer.parallel.mesh import build_mesh
+from trainer.parallel.sharding import Layout
+from trainer.state import StateSpec, describe_state, initial_state, state_from_items, state_items
+from trainer.step import Batch, EvalStep, make_eval_step, make_train_step
+
+
+def run(config: TrainConfig) -> Exit:
+    """Train `config` to its last step, from the newest checkpoint of its run directory where there is one.
+
+    Raises the exceptions of `trainer.errors` and ConfigError; each carries the exit code of its process.
+    """
+    world = distributed.initialise(config.distributed)
+    if config.compile_cache:
+        enable_compile_cache(config.compile_cache)
+    layout = Layout(build_mesh(config.mesh, jax.devices(), slices=world.slices))
+    data = open_data(config, process_index=world.process_index, process_count=world.process_count)
+    spec = describe_state(config, layout)
+    checkpoints = Checkpoints(config.checkpoint, config.run_directory)
+    header = make_header(config, dict(layout.mesh.shape))
+    meta = functools.partial(_meta, config, data, header)
+    begin = checkpoints.latest_step()
+    if begin is not None:
+        _require_same_run(config, checkpoints.meta(begin), meta(begin))
+    reporter = Reporter(config, config.run_directory, header, primary=world.process_index == 0)
+    profiler = Profiler(config.profiler, config.run_directory, world.process_index)
+    try:
+        if begin == config.steps:
+            reporter.event("already complete", step=begin, directory=config.run_directory)
+            return Exit.DONE
+        if begin is not None:
+            reporter.event("resumed", step=begin, directory=config.run_directory)
+        loop = Loop(
+            config=config,
+            train_step=make_train_step(config, spec, layout),
+            evaluate=_evaluation(config, data, layout, make_eval_step(config, spec, layout)) if config.eval else None,
+            checkpoints=checkpoints,
+            meta=meta,
+            reporter=reporter,
+            profiler=profiler,
+            preemption_requested=distributed.preemption_requested,
+        )
+        loop.run(_first_state(config, spec, checkpoints, begin), _batches(config, data, layout, begin or 0))
+    finally:
+        profiler.close()
+        reporter.close()
+    return Exit.DONE
+
+
+def _first_state(config: TrainConfig, spec: StateSpec, checkpoints: Checkpoints, begin: int | None) -> nnx.State:
+    if begin is not None:
+        return state_from_items(spec, checkpoints.restore(begin, state_items(spec.abstract)))
+    state = initial_state(config, spec)
+    if config.checkpoint.start_from:
+        from trainer.checkpoint.huggingface import load_huggingface
+
+        items = state_items(state)
+        items["params"] = load_huggingface(config.checkpoint.start_from, state_items(spec.abstract)["params"], config.model)
+        state = state_from_items(spec, items)
+    return state
+
+
+def _batches(config: TrainConfig, data: Data, layout: Layout, begin: int) -> Iterator[tuple[int, Batch]]:
+    feed = Feed(layout, config.batch.global_batch, config.batch.sequence_length)
+    loader = BatchLoader(data.train, start_step=begin, local_rows=feed.local_rows, prefetch_batches=config.data.prefetch_batches)
+    return ((n, feed(batch)) for n, batch in loader)
+
+
+def _evaluation(config: TrainConfig, data: Data, layout: Layout, eval_step: EvalStep) -> Callable[[nnx.State], LossSums]:
+    """Loss sums over the whole evaluation set; every process makes the same number of steps."""
+    split = data.eval
+    assert split is not None and config.eval is not None
+    feed = Feed(layout, split.global_batch, config.batch.sequence_length)
+
+    def evaluate(state: nnx.State) -> LossSums:
+        sums = jax.device_put(LossSums.zero(), layout.replicated)
+        for _, batch in BatchLoader(split, local_rows=feed.local_rows, prefetch_batches=config.data.prefetch_batches):
+            sums = eval_step(state, sums, feed(batch))
+        return sums
+
+    return evaluate
+
+
+def _meta(config: TrainConfig, data: Data, header: Mapping[str, Any], done: int) -> dict[str, Any]:
+    return {
+        "step": done,
+        "config": config.model_dump(mode="json"),
+        "data": data.state(done),
+        "fingerprints": {"data": data.train.fingerprint, "tokenizer": data.train.tokenizer_fingerprint},
+        "mesh": header["mesh"],
+        "versions": header["versions"],
+        "restart_attempt": header["restart_attempt"],
+    }
+
+
+def _require_same_run(config: TrainConfig, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    try:
+        compare_meta(saved, present, config.checkpoint.allow_mismatch)
+    except ResumeMismatch as mismatch:
+        details = "".join(f"\n  {difference.message}" for difference in differences(saved["data"], present["data"]))
+        raise ResumeMismatch(f"{mismatch}{details}", hint=mismatch.hint) from None
