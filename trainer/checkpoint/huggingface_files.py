@@ -1,0 +1,157 @@
+"""Safetensors folders, local or gs://: the headers first, then any rows of any tensor; and writing tensor by tensor.
+
+The format: 8 bytes little-endian header length, a JSON header (name -> dtype, shape, byte range in what
+follows), the tensors (https://github.com/huggingface/safetensors). The safetensors package reads local files only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import IO, Any, Final, Self
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from trainer.errors import CheckpointError
+
+SINGLE_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+CONFIG_FILE: Final = "config.json"
+MAX_HEADER_BYTES: Final = 100_000_000  # the limit of the reference implementation
+
+DTYPES: Final[dict[str, np.dtype[Any]]] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+NAMES: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file."""
+
+    file: str
+    dtype: str  # as the format spells it
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+
+
+class SafetensorsFolder:
+    """The tensors of a folder. Opening reads headers only; use it as a context manager."""
+
+    def __init__(self, folder: str) -> None:
+        """Raises CheckpointError where there is no readable safetensors file."""
+        self.folder = folder.rstrip("/")
+        self._path = epath.Path(folder)
+        self._open = ExitStack()
+        self._files: dict[str, IO[bytes]] = {}
+        self.config: dict[str, Any] = self._json(CONFIG_FILE)
+        with self._open.pop_all() as opened:
+            self.tensors = {name: tensor for file in self._names() for name, tensor in self._header(file)}
+            self._open = opened.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def read(self, name: str, first: int, last: int) -> np.ndarray:
+        """Rows `first` up to `last` (not included) of a tensor's leading dim."""
+        tensor = self.tensors[name]
+        dtype = DTYPES[tensor.dtype]
+        row_bytes = math.prod(tensor.shape[1:]) * dtype.itemsize
+        file = self._file(tensor.file)
+        file.seek(tensor.offset + first * row_bytes)
+        data = file.read((last - first) * row_bytes)
+        return np.frombuffer(data, dtype).reshape(last - first, *tensor.shape[1:])
+
+    def _names(self) -> list[str]:
+        if (self._path / INDEX_FILE).exists():
+            return sorted(set(self._json(INDEX_FILE)["weight_map"].values()))
+        if (self._path / SINGLE_FILE).exists():
+            return [SINGLE_FILE]
+        raise CheckpointError(
+            f"{self.folder}: neither {SINGLE_FILE} nor {INDEX_FILE} there", hint="only safetensors are read; convert .bin files first"
+        )
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            return json.loads((self._path / name).read_text())
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.folder}/{name}: not found", hint="give the folder of a Hugging Face checkpoint") from None
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}/{name}: not JSON: {error}") from None
+
+    def _file(self, name: str) -> IO[bytes]:
+        if name not in self._files:
+            try:
+                self._files[name] = self._open.enter_context((self._path / name).open("rb"))
+            except FileNotFoundError:
+                raise CheckpointError(f"{self.folder}/{name}: not found, but {INDEX_FILE} names it") from None
+        return self._files[name]
+
+    def _header(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        file = self._file(name)
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            if length > MAX_HEADER_BYTES:
+                raise ValueError(f"header of {length:,} bytes")
+            header: dict[str, Any] = json.loads(file.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}/{name}: not a safetensors file: {error}") from None
+        end = 8 + length + max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+        if (size := file.seek(0, 2)) != end:
+            raise CheckpointError(
+                f"{self.folder}/{name}: {size:,} bytes long, its header says {end:,}", hint="the file is cut; copy it again"
+            )
+        for tensor, entry in header.items():
+            if tensor != "__metadata__":
+                yield tensor, Tensor(name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+
+
+def write_safetensors(
+    folder: str, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray], *, dtype: str, max_file_bytes: int
+) -> None:
+    """Write tensors one at a time, in the order of `shapes`; a second file begins where one would exceed `max_file_bytes`.
+
+    dtype: `float32`, `float16` or `bfloat16`; `read(name)` gives the values.
+    """
+    target = epath.Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    numpy_dtype = DTYPES[NAMES[dtype]]
+    sizes = {name: math.prod(shape) * numpy_dtype.itemsize for name, shape in shapes.items()}
+    files: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if filled and filled + size > max_file_bytes:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += size
+    file_names = [SINGLE_FILE] if len(files) == 1 else [f"model-{n + 1:05}-of-{len(files):05}.safetensors" for n in range(len(files))]
+    for file_name, names in zip(file_names, files, strict=True):
+        with (target / file_name).open("wb") as file:
+            file.write(_header_bytes(names, shapes, sizes, NAMES[dtype]))
+            for name in names:
+                values = np.ascontiguousarray(read(name).astype(numpy_dtype, copy=False))
+                if values.shape != tuple(shapes[name]):
+                    raise ValueError(f"{name}: {values.shape} read, {shapes[name]} announced")
+                file.write(values.view(np.uint8).data)
+    if len(files) > 1:
+        weight_map = {name: file_name for file_name, names in zip(file_names, files, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+        (target / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _header_bytes(names: list[str], shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int], dtype: str) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file that does not say this
+    offset = 0
+    for name in names:
+        header[name] = {"dtype": dtype, "shape": list(shapes[name]), "data_offsets": [offset, offset + sizes[name]]}
+        offset += sizes[name]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
