@@ -33,11 +33,10 @@ class KubernetesBackend:
         The JobSet is created first, because its name is what two submits compete for, but suspended: nothing starts
         before its config map, service account and network policy exist. They are owned by the JobSet and go with it.
         """
-        resources = [(CREATABLE[manifest["apiVersion"], manifest["kind"]], manifest) for manifest in manifests]
+        resources = _resources(manifests)
         (jobset,) = (manifest for resource, manifest in resources if resource is JOBSET)
         name = jobset["metadata"]["name"]
-        for resource, manifest in resources:
-            self._check(resource, manifest, may_exist=replace or resource is not JOBSET)
+        self.check(manifests, replace=replace)
         if replace:
             try:
                 self.delete(name)
@@ -56,6 +55,19 @@ class KubernetesBackend:
                 self._api.merge(JOBSET, self.namespace, name, {"spec": {"suspend": False}})
             undo.pop_all()
         return self.get(name)
+
+    def check(self, manifests: Sequence[Manifest], *, replace: bool = False) -> None:
+        """Have the server try all of `create` without doing it: schema, webhooks, quota, permissions, and the name last.
+
+        Raises as `create`.
+        """
+        for resource, manifest in _resources(manifests):
+            try:
+                self._api.create(resource, self.namespace, self._placed(manifest), dry_run=True)
+            except AlreadyExists as error:
+                if resource is JOBSET and not replace:
+                    name = manifest["metadata"]["name"]
+                    raise AlreadyExists(f"a job {name!r} exists already in namespace {self.namespace!r}", hint=error.hint) from None
 
     def get(self, name: str) -> JobStatus:
         return self._status(self._jobset(name))
@@ -157,15 +169,6 @@ class KubernetesBackend:
         except (NotFound, Unavailable):
             return []
 
-    def _check(self, resource: Resource, manifest: Manifest, *, may_exist: bool) -> None:
-        """A dry run on the server: schema, webhooks, quota, permissions. The name is looked at last of all."""
-        try:
-            self._api.create(resource, self.namespace, self._placed(manifest), dry_run=True)
-        except AlreadyExists as error:
-            if not may_exist:
-                name = manifest["metadata"]["name"]
-                raise AlreadyExists(f"a job {name!r} exists already in namespace {self.namespace!r}", hint=error.hint) from None
-
     def _create_owned(self, resource: Resource, manifest: Manifest, *, owner: Manifest) -> None:
         """Create it owned by the JobSet; what an earlier job of the same name has left behind gives way."""
         reference = {key: owner[key] for key in ("apiVersion", "kind")} | {key: owner["metadata"][key] for key in ("name", "uid")}
@@ -187,6 +190,10 @@ class KubernetesBackend:
 
     def _placed(self, manifest: Manifest) -> Manifest:
         return {**manifest, "metadata": {**manifest["metadata"], "namespace": self.namespace}}
+
+
+def _resources(manifests: Sequence[Manifest]) -> list[tuple[Resource, Manifest]]:
+    return [(CREATABLE[manifest["apiVersion"], manifest["kind"]], manifest) for manifest in manifests]
 
 
 def _of(name: str, children: Sequence[Manifest]) -> list[Manifest]:

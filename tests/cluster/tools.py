@@ -1,0 +1,58 @@
+"""kubectl, the command line under test, and jobs whose pods are cheap."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from launcher.backend import Manifest
+from launcher.manifest import render
+from launcher.spec import from_document
+from trainer.contract import CONTAINER_NAME
+
+CHEAP_IMAGE = "python:3.12-slim"
+
+
+def kubectl(*words: str, stdin: str | None = None) -> str:
+    return subprocess.run(["kubectl", *words], input=stdin, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+def nnxlaunch(*words: str, environment: Mapping[str, str] = {}, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """One command of the launcher, as a person runs it."""
+    command = [sys.executable, "-m", "launcher", *words]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout)
+
+
+def document(name: str, **changes: Any) -> dict[str, Any]:
+    """A small valid spec: one slice of two CPU hosts."""
+    return {
+        "name": name,
+        "cpu": {"hosts": 2},
+        "image": CHEAP_IMAGE,
+        "directory": "gs://test-bucket/runs",
+        "resources": {"cpu": "20m", "memory": "64Mi"},
+        "grace_seconds": 2,
+        "train": {
+            "steps": 10,
+            "model": {"preset": "tiny"},
+            "batch": {"global_batch": 8, "sequence_length": 128},
+            "schedule": {"type": "constant", "learning_rate": 1e-3},
+            "data": {"sources": [{"type": "python_standard_library"}]},
+        },
+        **changes,
+    }
+
+
+def cheap_job(name: str, program: str, **changes: Any) -> list[Manifest]:
+    """The manifests of a job as rendered, but its containers run a few lines of Python instead of the trainer."""
+    manifests = render(from_document(document(name, **changes)))
+    for manifest in manifests:
+        if manifest["kind"] == "JobSet":
+            (container,) = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+            assert container["name"] == CONTAINER_NAME
+            container["command"] = ["python", "-uc", program]
+    return manifests
