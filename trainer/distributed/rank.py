@@ -12,7 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainer.contract import ATTEMPT, COMPLETION_INDEX, COORDINATOR, COORDINATOR_PORT, HOSTS_PER_SLICE, JOB_INDEX, NUM_SLICES, POD_NAME
+from trainer.contract import (
+    ATTEMPT,
+    COMPLETION_INDEX,
+    COORDINATOR,
+    COORDINATOR_PORT,
+    HOSTS_PER_SLICE,
+    JAX_COORDINATOR_PORT,
+    JOB_INDEX,
+    NUM_SLICES,
+    POD_NAME,
+)
 from trainer.errors import WorldError
 
 
@@ -53,7 +63,7 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank:
             worker=_number(environment, "TPU_WORKER_ID", 0),
             hosts_per_slice=len(tpu_workers),
             coordinator_host=coordinator.split(":")[0],
-            coordinator_port=COORDINATOR_PORT,
+            coordinator_port=_number(environment, JAX_COORDINATOR_PORT, COORDINATOR_PORT),
         )
     hosts, slices = _number(environment, HOSTS_PER_SLICE, 1), _number(environment, NUM_SLICES, 1)
     if hosts * slices == 1:
