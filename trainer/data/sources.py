@@ -256,12 +256,10 @@ def _array_record(part: Part) -> Iterator[bytes]:
             raise PermissionError(13, "permission denied")
         try:
             reader = array_record_module.ArrayRecordReader(local, "readahead_buffer_size:0,max_parallelism:0")
-            total = reader.num_records()
+            first, last = part.cut(reader.num_records())
+            for low, high in pairwise([*range(first, last, 1024), last]):
+                for number, record in enumerate(reader.read(low, high), low):
+                    yield _checked(record, f"{path}, record {number:,}")
+            reader.close()  # tells, at the latest, when the file was no such file
         except (RuntimeError, ValueError, IndexError) as error:
-            raise DataError(f"{path}: not an ArrayRecord file: {error}", hint="leave other files out of the glob") from error
-        first, last = part.cut(total)
-        edges = [*range(first, last, 1024), last]
-        for low, high in pairwise(edges):
-            for number, record in enumerate(reader.read(low, high), low):
-                yield _checked(record, f"{path}, record {number:,}")
-        reader.close()
+            raise DataError(f"{path}: not a whole ArrayRecord file: {error}", hint="leave other files out of the glob") from error
