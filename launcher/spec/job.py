@@ -91,7 +91,8 @@ class JobSpec(Node):
     @model_validator(mode="after")
     def _one_accelerator(self) -> Self:
         if self.tpu is None and self.cpu is None:
-            raise ConfigError([Problem(path="tpu", message="is required, or `cpu`", hint="such as `tpu: {type: v5e-16}`", code="accelerator")])
+            hint = "such as `tpu: {type: v5e-16}`"
+            raise ConfigError([Problem(path="tpu", message="is required, or `cpu`", hint=hint, code="accelerator")])
         if self.tpu is not None and self.cpu is not None:
             hint = "remove one of them; on the command line, `--set cpu=null`"
             raise ConfigError([Problem(path="tpu", message="a job has `tpu` or `cpu`, not both", hint=hint, code="accelerator")])

@@ -184,7 +184,7 @@ def resolve(type_name: str, *, machine: str | None = None) -> Slice:
 
 def resolve_topology(accelerator: str, topology: str, *, machine: str | None = None) -> Slice:
     """The slice of a family (its name, an alias or its GKE label) with a topology such as `4x4x8`. Raises TpuError."""
-    family = _find_family(accelerator.strip().lower(), key="accelerator", given=accelerator)
+    family = find_family(accelerator)
     return _place(family, parse_topology(topology), machine, key="topology")
 
 
@@ -197,6 +197,11 @@ def parse_topology(text: str) -> Topology:
 
 def format_topology(topology: Topology) -> str:
     return "x".join(map(str, topology))
+
+
+def find_family(name: str) -> Family:
+    """The family of this name, alias or GKE label. Raises TpuError."""
+    return _find_family(name.strip().lower(), key="accelerator", given=name)
 
 
 def _find_family(word: str, *, key: str, given: str) -> Family:

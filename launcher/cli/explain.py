@@ -1,0 +1,74 @@
+"""`nnxlaunch explain`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, cast
+
+import typer
+
+from launcher.cli.options import Output, OutputFormat, Overrides, SpecFile
+
+EXAMPLES = """  nnxlaunch explain job.yaml
+  nnxlaunch explain job.yaml --set tpu.type=v5p-256      what would another slice change?
+  nnxlaunch explain job.yaml --sharding                  every weight with its layout
+  nnxlaunch explain job.yaml --output json
+"""
+
+_BYTES = ("memory_per_device", "checkpoint_bytes", "hbm_bytes_per_device")
+
+Sharding = Annotated[bool, typer.Option("--sharding", help="List the layout of every weight.")]
+
+
+def command(
+    spec: SpecFile,
+    overrides: Overrides = [],  # noqa: B006  (Typer reads it)
+    sharding: Sharding = False,
+    output: OutputFormat = Output.TABLE,
+) -> None:
+    """Show what a job spec means: devices, mesh, memory, timeouts, exit codes."""
+    from launcher.checks import load
+    from launcher.cli.output import emit
+    from launcher.explain import explain
+
+    sections = explain(load(spec, overrides))
+    if output is not Output.TABLE:
+        emit(sections, output)
+        return
+    if not sharding:
+        dropped = {path: entry for path, entry in sections["sharding"].items() if "dropped" in entry}
+        sections["sharding"] = dropped or {"weights": "every weight is split as the rules say; --sharding lists them"}
+    for title, section in sections.items():
+        print(f"{title.replace('_', ' ')}")
+        _print(section, title, "  ")
+
+
+def _print(section: dict[str, Any], title: str, indent: str) -> None:
+    width = min(72, max((len(_words(key)) for key in section), default=0))
+    for key, value in section.items():
+        if isinstance(value, dict):
+            print(f"{indent}{_words(key)}")
+            _print(cast("dict[str, Any]", value), key, indent + "  ")
+        else:
+            print(f"{indent}{_words(key):{width}}  {_shown(value, in_bytes=title in _BYTES or key in _BYTES)}".rstrip())
+
+
+def _words(key: str) -> str:
+    return key if "/" in key or "(" in key else key.replace("_", " ")
+
+
+def _shown(value: Any, *, in_bytes: bool) -> str:
+    if isinstance(value, list):
+        return "; ".join(map(str, cast("list[Any]", value)))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _size(value) if in_bytes else f"{value:,}"
+    return "-" if value is None else str(value)
+
+
+def _size(count: int) -> str:
+    """Bytes in the unit a person would use."""
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.2f} {unit}"
+        amount /= 1024
+    return f"{amount:.2f} TiB"

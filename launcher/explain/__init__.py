@@ -1,0 +1,171 @@
+"""What a spec means: the numbers that follow from it, as plain nested dicts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+from launcher.explain.memory import device_memory, shardings
+from launcher.explain.outcome import outcomes
+from launcher.manifest import names
+from launcher.manifest.container import pull_policy
+from launcher.spec import JobSpec
+from trainer import contract
+from trainer.config.checks import batch_shards
+from trainer.config.flops import train_flops
+from trainer.config.rules import Resolution
+from trainer.config.weights import parameter_count
+
+__all__ = ["explain"]
+
+SECURITY: Final = {
+    "restricted": "no root, no capabilities, read-only root file system; passes the Pod Security level `restricted`. "
+    "If a node gives its TPU devices to root only, the trainer fails to find them: then take root_no_caps",
+    "root_no_caps": "root without capabilities, read-only root file system; passes the Pod Security level `baseline`",
+    "privileged": "everything is allowed; needs a privileged namespace",
+}
+
+
+def explain(spec: JobSpec) -> dict[str, Any]:
+    """The derived numbers of a checked spec, in sections. Sizes are bytes, times seconds."""
+    mesh = spec.train.mesh.shape(slices=spec.layout.slices, devices_per_slice=spec.layout.devices_per_slice)
+    return {
+        "job": _job(spec),
+        "hardware": _hardware(spec),
+        "mesh": _mesh(spec, mesh),
+        "batch": _batch(spec, mesh),
+        "model": _model(spec),
+        "memory_per_device": _memory(spec, mesh),
+        "sharding": _sharding(spec, mesh),
+        "timeouts": _timeouts(spec),
+        "failure": {"mode": spec.failure.mode, "exit_codes": outcomes(spec.failure)},
+        "security": {"level": spec.security, "meaning": SECURITY[spec.security]},
+    }
+
+
+def _job(spec: JobSpec) -> dict[str, Any]:
+    image = spec.container_image
+    return {
+        "name": spec.name,
+        "spec_hash": spec.hash,
+        "image": image.reference,
+        "image_pull_policy": pull_policy(image),
+        "run_directory": spec.train.run_directory,
+        "data_cache": spec.train.data.cache_directory,
+        "capacity": spec.capacity.type,
+        "queue": spec.queue.name if spec.queue else None,
+        "placement": spec.placed.type,
+        "oldest_jobset": spec.jobset_version,
+    }
+
+
+def _hardware(spec: JobSpec) -> dict[str, Any]:
+    layout, tpu = spec.layout, spec.layout.tpu
+    found: dict[str, Any] = {
+        "accelerator": tpu.name if tpu else "cpu",
+        "slices": layout.slices,
+        "hosts_per_slice": layout.hosts_per_slice,
+        "hosts": layout.hosts,
+        "devices_per_host": layout.devices_per_host,
+        "devices_per_slice": layout.devices_per_slice,
+        "devices": layout.devices,
+    }
+    if tpu is not None:
+        found |= {
+            "topology": tpu.topology_text,
+            "machine": tpu.machine,
+            "chips": layout.slices * tpu.chips,
+            "hbm_bytes_per_device": int(tpu.hbm_gib_per_device * 2**30),
+            "peak_bf16_tflops_per_device": tpu.peak_bf16_tflops_per_device,
+            "ici_gbytes_per_s_per_chip": tpu.family.ici_gbytes_per_s_per_chip,
+        }
+    return found
+
+
+def _mesh(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
+    ici = spec.train.mesh.ici.solve(spec.layout.devices_per_slice, "devices per slice")
+    dcn = spec.train.mesh.dcn.solve(spec.layout.slices, "slices")
+    return {axis: f"{degree} = {ici[axis]} in a slice x {dcn[axis]} over slices" for axis, degree in mesh.items()}
+
+
+def _batch(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
+    batch, shards = spec.train.batch, batch_shards(mesh)
+    tokens = batch.global_batch * batch.sequence_length
+    return {
+        "global_batch_sequences": batch.global_batch,
+        "sequence_length": batch.sequence_length,
+        "tokens_per_step": tokens,
+        "tokens_of_the_run": tokens * spec.train.steps,
+        "batch_shards": shards,
+        "sequences_per_shard_and_microbatch": batch.global_batch // (shards * batch.accumulation),
+        "microbatches": batch.accumulation,
+    }
+
+
+def _model(spec: JobSpec) -> dict[str, Any]:
+    model, batch, tpu = spec.train.model, spec.train.batch, spec.layout.tpu
+    operations = train_flops(model, batch.global_batch, batch.sequence_length)
+    found: dict[str, Any] = {
+        "parameters": parameter_count(model),
+        "layers": model.layer_count,
+        "flops_per_step": operations,
+        "checkpoint_bytes": 3 * 4 * parameter_count(model),
+    }
+    if tpu is not None:
+        peak = tpu.peak_bf16_tflops_per_device * 1e12 * spec.layout.devices
+        found["seconds_per_step_at_half_of_peak"] = round(2 * operations / peak, 4)
+    return found
+
+
+def _memory(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
+    memory = device_memory(spec.train, mesh)
+    found: dict[str, Any] = {
+        "parameters": memory.parameters,
+        "optimizer": memory.optimizer,
+        "gradients": memory.gradients,
+        "saved_activations_estimate": memory.saved_activations,
+        "layer_at_work_estimate": memory.layer_at_work,
+        "logits_estimate": memory.logits,
+        "total_estimate": memory.total,
+    }
+    if spec.layout.tpu is not None:
+        hbm = int(spec.layout.tpu.hbm_gib_per_device * 2**30)
+        found |= {"hbm": hbm, "verdict": _verdict(memory.total / hbm)}
+    return found
+
+
+def _verdict(share: float) -> str:
+    percent = f"{math.ceil(100 * share)} % of HBM"
+    if share > 1:
+        return f"{percent}: will not fit; shard more (fsdp, tensor), take smaller microbatches, or `remat: full`"
+    return f"{percent}: tight" if share > 0.85 else f"{percent}: fits"
+
+
+def _sharding(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
+    """Per weight: its shape, the mesh axes of each dim, and what could not apply."""
+    found: dict[str, Any] = {}
+    for weight, layout in shardings(spec.train.model, mesh):
+        entry: dict[str, Any] = {"shape": "x".join(map(str, weight.shape)), "layout": _layout(weight.axes, layout)}
+        if layout.skipped:
+            entry["skipped"] = [f"{name} -> {'+'.join(axes)}: {reason}" for (name, axes), reason in layout.skipped]
+        if layout.dropped:
+            entry["dropped"] = [reason for _, _, reason in layout.dropped]
+        found[weight.path] = entry
+    return found
+
+
+def _layout(axes: tuple[str, ...], layout: Resolution) -> str:
+    return ", ".join(f"{axis}:{'+'.join(mesh)}" if mesh else axis for axis, mesh in zip(axes, layout.spec, strict=True))
+
+
+def _timeouts(spec: JobSpec) -> dict[str, Any]:
+    distributed, port = spec.train.distributed, spec.network.coordinator_port
+    return {
+        "coordinator": names.coordinator(spec) if spec.layout.target == "cpu" else f"chosen by the TPU runtime, port {port}",
+        "initialization_seconds": distributed.initialization_timeout_seconds,
+        "heartbeat_seconds": distributed.heartbeat_timeout_seconds,
+        "grace_seconds": spec.grace,
+        "survivor_wait_seconds": contract.SURVIVOR_WAIT_SECONDS,
+        "deleted_after_seconds": spec.ttl_seconds,
+        "queue_limit_seconds": spec.queue.max_run_seconds if spec.queue else None,
+    }

@@ -1,0 +1,104 @@
+"""Bytes of one device: what is kept between steps exactly, what a step needs beside it as an estimate.
+
+Estimates follow the arithmetic of the step: float32 weights, gradients and moments; activations in the compute dtype;
+what a layer keeps for the backward pass by remat policy. XLA fuses and reuses buffers, so the true peak is near, not equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from trainer.config import TrainConfig
+from trainer.config.checks import batch_shards
+from trainer.config.model import Block, Model
+from trainer.config.rules import Resolution, resolve, shard_elements
+from trainer.config.weights import Weight, weights
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one device."""
+
+    parameters: int
+    optimizer: int
+    gradients: int
+    saved_activations: int
+    layer_at_work: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.optimizer + self.gradients + self.saved_activations + self.layer_at_work + self.logits
+
+
+def shardings(model: Model, mesh: Mapping[str, int]) -> Iterator[tuple[Weight, Resolution]]:
+    """How each weight is laid out over the mesh."""
+    for weight in weights(model):
+        yield weight, resolve(weight.axes, weight.shape, mesh)
+
+
+def device_memory(config: TrainConfig, mesh: Mapping[str, int]) -> Memory:
+    """Of a training step on `mesh` (mesh axis -> degree)."""
+    model, tensor = config.model, mesh.get("tensor", 1)
+    kept = sum(FLOAT32 * shard_elements(weight.shape, layout, mesh) for weight, layout in shardings(model, mesh))
+    sequences = math.ceil(config.batch.global_batch / (config.batch.accumulation * batch_shards(dict(mesh))))
+    tokens = sequences * config.batch.sequence_length
+    width_bytes = 2 if model.compute_dtype == "bfloat16" else FLOAT32
+    length = config.batch.sequence_length
+    saved = 0
+    working = 0
+    for segment in model.segments:
+        for block in segment.pattern:
+            per_token = _saved_per_token(model, block, length, tensor)
+            saved += segment.repeats * tokens * per_token * width_bytes
+            everything = _none(model, block, length, tensor) * tokens * width_bytes
+            # Both the recomputed layer and its gradient, and the layer's weights gathered over fsdp.
+            working = max(working, 2 * everything + _layer_weights(model, block) // tensor * width_bytes)
+    return Memory(
+        parameters=kept,
+        optimizer=2 * kept,
+        gradients=kept * (2 if config.batch.accumulation > 1 else 1),
+        saved_activations=saved,
+        layer_at_work=working,
+        logits=2 * FLOAT32 * tokens * math.ceil(model.vocab_size / tensor),
+    )
+
+
+def _saved_per_token(model: Model, block: Block, length: int, tensor: int) -> int:
+    """Elements a layer keeps of each token for the backward pass."""
+    match model.remat:
+        case "full":
+            return model.width
+        case "minimal":
+            return model.width + _products(model, block, tensor)
+        case "dots":
+            return model.width + _products(model, block, tensor) + _scores(block, length, tensor)
+        case "none":
+            return _none(model, block, length, tensor)
+
+
+def _products(model: Model, block: Block, tensor: int) -> int:
+    """Results of the products with weights: query, key, value, attention output, gate, up, down."""
+    attention = block.attention
+    heads = attention.head_dim * (attention.heads + 2 * attention.kv_heads)
+    return (heads + 2 * block.mlp.hidden) // tensor + 2 * model.width
+
+
+def _scores(block: Block, length: int, tensor: int) -> int:
+    """Attention scores and weighted values: one score for every earlier position and head."""
+    attention = block.attention
+    return (attention.heads * (length + attention.head_dim)) // tensor
+
+
+def _none(model: Model, block: Block, length: int, tensor: int) -> int:
+    """Everything: products, scores and probabilities, two norms, two residual sums, activation and product of the MLP."""
+    return _products(model, block, tensor) + 2 * _scores(block, length, tensor) + 4 * model.width + 2 * block.mlp.hidden // tensor
+
+
+def _layer_weights(model: Model, block: Block) -> int:
+    attention = block.attention
+    return 2 * model.width * attention.head_dim * (attention.heads + attention.kv_heads) + 3 * model.width * block.mlp.hidden
