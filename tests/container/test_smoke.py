@@ -24,7 +24,7 @@ COMMITTED = "from trainer.checkpoint.commit import committed_steps; print(commit
 def test_the_smoke_test_passes(image: str) -> None:
     done = run(image, "smoke", timeout=600)
     assert done.returncode == 0, done.stdout
-    assert "smoke: OK: 16 losses and " in done.stdout
+    assert "smoke: OK: 24 losses and " in done.stdout
 
 
 def test_docker_stop_ends_training_within_10_seconds_with_75_and_a_committed_checkpoint(image: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn
 from trainer.contract import DEVICES_PER_HOST, IMAGE_REVISION, METRICS_FOLDER, Exit
 
 DEVICES: Final = 8
-STEPS: Final = 16
+STEPS: Final = 24
 STEP_MARK: Final = f"/{STEPS}]"  # the console's `[done/total]`
 MAX_SECONDS: Final = 600
 
