@@ -8,13 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
-from trainer.config import ConfigError, TrainConfig, load_train_config
+from trainer.config import ConfigError, load_train_config
 from trainer.contract import Exit
-from trainer.data.api import Data, open_data
+from trainer.data.api import Data, prepare_data
 from trainer.data.packing import row_count
 from trainer.errors import TrainerError
 
@@ -23,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         config = load_train_config(options.config, options.set)
-        data = _prepare(config, options.processes)
+        data = prepare_data(config, processes=options.processes)
     except ConfigError as error:
         for problem in error.problems:
             _complain(f"{problem.path}: {problem.message}", problem.hint)
@@ -42,18 +40,6 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; may be repeated")
     prepare.add_argument("--processes", type=int, default=1, metavar="N", help="share the work among N processes of this machine")
     return parser
-
-
-def _prepare(config: TrainConfig, processes: int) -> Data:
-    if processes > 1:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            for share in [pool.submit(_prepare_share, config, index, processes) for index in range(processes)]:
-                share.result()
-    return open_data(config)
-
-
-def _prepare_share(config: TrainConfig, index: int, processes: int) -> None:
-    open_data(config, process_index=index, process_count=processes)
 
 
 def _summary(data: Data, length: int) -> dict[str, Any]:

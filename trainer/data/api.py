@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
 
 from trainer.config import ConfigError, Problem, TrainConfig
@@ -91,6 +93,19 @@ def open_data(config: TrainConfig, *, process_index: int = 0, process_count: int
     )
 
 
+def prepare_data(config: TrainConfig, *, processes: int = 1) -> Data:
+    """`open_data` with the work of making the cache shared among `processes` of this machine."""
+    if processes > 1:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            for share in [pool.submit(_make_share, config, index, processes) for index in range(processes)]:
+                share.result()
+    return open_data(config)
+
+
+def _make_share(config: TrainConfig, process_index: int, process_count: int) -> None:
+    open_data(config, process_index=process_index, process_count=process_count)
+
+
 def _checked_tokenizer(config: TrainConfig) -> Tokenizer | None:
     """The tokenizer, None where no source is text. Raises ConfigError for everything that needs no source."""
     problems: list[Problem] = []
@@ -144,5 +159,5 @@ def _require_rows(config: TrainConfig, contents: list[Content], train: list[Rows
         documents = sum(sum(source.documents.values()) for source in prepared)
         raise DataError(
             f"nothing to evaluate on: none of {documents:,} documents is held out at data.held_out = {config.data.held_out:g}",
-            hint="raise data.held_out, or remove eval",
+            hint="raise data.held_out, or cut the text into more documents (a text source's separator), or remove eval",
         )

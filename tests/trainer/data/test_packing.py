@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,7 +50,7 @@ def test_every_token_is_an_input_exactly_once_and_in_order(docs: Documents, leng
 @given(documents, lengths, vocabularies)
 def test_the_targets_that_count_are_every_token_that_follows_another_of_its_document(docs: Documents, length: int, vocabulary: int) -> None:
     batch = packed(docs, length, vocabulary)
-    pairs = [pair for doc in docs for pair in zip(doc, doc[1:], strict=False)]
+    pairs = [pair for doc in docs for pair in pairwise(doc)]
     counts = batch["weights"] == 1
     assert list(zip(batch["inputs"][counts].tolist(), batch["targets"][counts].tolist(), strict=True)) == pairs
     assert set(np.unique(batch["weights"])) <= {0.0, 1.0}
