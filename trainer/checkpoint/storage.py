@@ -78,7 +78,7 @@ class _Folder:
     lists_checksums = False
 
     def __init__(self, directory: str) -> None:
-        self.root = directory
+        self.root = os.path.abspath(directory)  # Orbax takes no other
 
     def files(self, folder: str = "") -> dict[str, File]:
         return dict(self._walk(Path(self.root, folder), f"{folder}/" if folder else ""))
