@@ -10,6 +10,7 @@ Orbax is imported by the first save or restore.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,6 +47,12 @@ class Writing:
         """Until this process has written its part. Raises what the writing raised, TimeoutError when time is up."""
         for future in self._futures:
             future.result(timeout=max(remaining_seconds(), 0.001))
+
+    def settle(self, remaining_seconds: Callable[[], float]) -> None:
+        """After a failure: until nothing is written any more."""
+        for future in self._futures:
+            with contextlib.suppress(Exception):  # the first one is reported already
+                future.result(timeout=max(remaining_seconds(), 0.001))
 
     def merge(self) -> None:
         """On process 0, once every process has written: one index over the parts."""
@@ -135,7 +142,8 @@ def _handler() -> PyTreeCheckpointHandler:
     import orbax.checkpoint as ocp
 
     if not _handlers:
-        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every phase of every save
+        # Orbax logs every phase, and each failure once per thread it passes through; all of them reach us as exceptions.
+        logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
         arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
         _handlers.append(ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry))

@@ -58,6 +58,11 @@ class Checkpoints:
         """Steps that `latest_step` found unfinished or damaged, with the reason."""
         return self._skipped
 
+    @property
+    def in_flight(self) -> int | None:
+        """The step whose save is not known to be committed yet."""
+        return None if self._save is None else self._save.step
+
     def latest_step(self) -> int | None:
         """The newest committed step whose content is what was written; None for a new run.
 
@@ -72,7 +77,7 @@ class Checkpoints:
         verdict = json.loads(self._peers.broadcast(operation, json.dumps(verdict) if self._peers.is_primary else None, deadline=deadline))
         self._skipped = {}
         for step, reason in verdict["skipped"]:
-            if self._save is None or step != self._save.step:
+            if step != self.in_flight:
                 self._skip(step, reason)
         for step in reversed(verdict["steps"]):
             if not (wrong := self._verify(step)):

@@ -45,12 +45,12 @@ class SafetensorsFolder:
         """Raises CheckpointError where there is no readable safetensors file."""
         self.folder = folder.rstrip("/")
         self._path = epath.Path(folder)
-        self._open = ExitStack()
         self._files: dict[str, IO[bytes]] = {}
         self.config: dict[str, Any] = self._json(CONFIG_FILE)
-        with self._open.pop_all() as opened:
+        with ExitStack() as opening:  # closes what was opened where a header cannot be read
+            self._open = opening
             self.tensors = {name: tensor for file in self._names() for name, tensor in self._header(file)}
-            self._open = opened.pop_all()
+            self._open = opening.pop_all()
 
     def __enter__(self) -> Self:
         return self

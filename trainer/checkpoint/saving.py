@@ -43,6 +43,8 @@ class Save:
 
     def check(self) -> bool:
         """Whether it is committed. Raises what made it fail, on this process or another, and SaveFailed past the deadline."""
+        if self._error is not None:
+            raise self._error
         if self._thread.is_alive():
             if self._remaining_seconds() < 0:
                 raise SaveFailed(
@@ -50,7 +52,7 @@ class Save:
                     hint="look at the storage; a slow one needs a larger checkpoint.save_timeout_seconds",
                 )
             return False
-        if self._error is not None:
+        if self._error is not None:  # it came between the two looks
             raise self._error
         return True
 
@@ -63,10 +65,12 @@ class Save:
             self._write_and_commit()
         except PeerFailed as error:
             self._error = SaveFailed(f"step {self.step} could not be saved by {error}", hint="the newest committed step is untouched")
+            self.writing.settle(self._remaining_seconds)
         except Exception as error:  # whatever it is, it belongs to the thread that trains: `check` raises it there
             self._error = save_error(self.step, self.storage.root, error)
             if not isinstance(error, PeerLost):
                 self.peers.fail(self.operation, str(self._error))
+            self.writing.settle(self._remaining_seconds)
 
     def _write_and_commit(self) -> None:
         self.writing.wait(self._remaining_seconds)
