@@ -71,20 +71,21 @@ def gcs_emulator() -> Iterator[Gcs]:
 
 @contextmanager
 def _this_process_uses(gcs: Gcs) -> Iterator[None]:
-    """Point the clients of this very process at the server. gcsfs and etils keep a client per process: forget it before and after."""
-    from etils.epath import backend
-    from gcsfs import GCSFileSystem
-
-    def forget() -> None:
-        GCSFileSystem.clear_instance_cache()
-        backend.fsspec_backend._get_filesystem.cache_clear()
-
+    """Point the clients of this very process at the server. gcsfs and etils keep theirs for ever: forget them before and after."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in gcs.environment.items():
             patch.setenv(name, value)
+        # Imported here: gcsfs decides at its import, by the last of the variables, which service it asks.
+        from etils.epath import backend
+        from gcsfs import GCSFileSystem
+
+        def forget() -> None:
+            GCSFileSystem.clear_instance_cache()
+            backend.fsspec_backend._get_filesystem.cache_clear()
+
         forget()
         yield
-    forget()
+        forget()
 
 
 @pytest.fixture(scope="module")

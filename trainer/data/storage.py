@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
@@ -143,9 +142,10 @@ def open_folder(url: str) -> Folder:
     return BucketFolder(url) if url.startswith("gs://") else LocalFolder(url)
 
 
-@cache
 def bucket_client() -> Any:
-    """The process's gcsfs client, without its cache of listings: other processes write what we wait to see."""
+    """A gcsfs client (fsspec keeps one a thread), without its cache of listings: other processes write what we wait to see."""
+    # Read at gcsfs's import. On, every first use of a bucket asks a gRPC service that needs a permission of its own.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
 
     return fsspec.filesystem("gcs", use_listings_cache=False)

@@ -124,3 +124,25 @@ def test_the_prepare_command_ends_with_64_and_one_sentence_for_bad_data(configur
     done = run("trainer.data", "prepare", "--config", str(tmp_path / "train.json"))
     assert done.returncode == 64
     assert done.stderr == "error: no file matches absent/*.txt\nhint: check the path and the glob; ** crosses folders\n"
+
+
+def test_the_launcher_prepares_the_data_of_a_job_spec_in_the_directory_its_run_will_use(tmp_path: Path) -> None:
+    spec = {
+        "name": "prepared",
+        "cpu": {"hosts": 2},
+        "directory": str(tmp_path / "runs"),
+        "train": {
+            "steps": 10,
+            "model": {"preset": "tiny", "vocab_size": 258},
+            "batch": {"global_batch": 4, "sequence_length": 64},
+            "schedule": {"type": "constant", "learning_rate": 0.001},
+            "data": {"sources": [LIBRARY]},
+        },
+    }
+    (tmp_path / "job.yaml").write_text(json.dumps(spec))
+    done = run("launcher", "data", "prepare", str(tmp_path / "job.yaml"), "--set", "train.batch.sequence_length=32")
+    assert done.returncode == 0, done.stderr
+    (source,) = json.loads(done.stdout)["sources"]
+    assert Path(source["folder"]).parent == tmp_path / "runs" / "data"
+    refused = run("launcher", "data", "prepare", str(tmp_path / "job.yaml"), "--set", "train.model.vocab_size=100")
+    assert refused.returncode == 64 and "the tokenizer has 258 tokens" in refused.stderr
