@@ -29,7 +29,7 @@ def values(step: int, *, unrolled: bool = False) -> dict[str, dict[str, np.ndarr
     moments = {
         f"0/{name}/{path}": value.astype(np.float32) ** power for path, value in tree.items() for name, power in (("mu", 3), ("nu", 2))
     }
-    key = np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(7, impl="threefry2x32"), step)))
+    key = np.array([7, step], np.uint32)
     return {"params": tree, "opt": {**moments, "0/count": np.int32(step)}, "rest": {"optimizer/step": np.int32(step), "key": key}}
 
 
