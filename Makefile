@@ -7,7 +7,7 @@ help: ## what you can type
 
 run: ## set up, then run the quickstart job on this machine: two processes, a kill and a resume
 	@./setup.sh train
-	@$(PY) -m tests.quickstart
+	@$(PY) docs/quickstart.py
 
 test: ## set up, then all tests that need no cluster
 	@./setup.sh dev
