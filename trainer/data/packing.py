@@ -17,7 +17,7 @@ Shapes: B rows, T sequence length.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -32,12 +32,17 @@ def stored_dtype(vocabulary: int) -> np.dtype[np.unsignedinteger]:
     return np.dtype("<u2") if vocabulary < 2**15 else np.dtype("<u4")
 
 
-def store(documents: Iterable[np.ndarray], dtype: np.dtype[np.unsignedinteger]) -> np.ndarray:
+def store(documents: Sequence[np.ndarray], dtype: np.dtype[np.unsignedinteger]) -> np.ndarray:
     """Documents of token ids -> one stored stream; documents without tokens vanish."""
-    parts = [np.asarray(document).astype(dtype) for document in documents if len(document)]
-    for part in parts:
-        part[0] |= dtype.type(1 << (8 * dtype.itemsize - 1))
-    return np.concatenate(parts) if parts else np.empty(0, dtype)
+    stream = np.empty(sum(len(document) for document in documents), dtype)
+    begin = 0
+    for document in documents:
+        if len(document):
+            end = begin + len(document)
+            stream[begin:end] = document
+            stream[begin] |= dtype.type(1 << (8 * dtype.itemsize - 1))
+            begin = end
+    return stream
 
 
 def row_count(tokens: int, length: int) -> int:

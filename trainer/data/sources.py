@@ -12,15 +12,14 @@ import json
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from trainer.config.base import near_miss
 from trainer.config.data import ArrayRecord, JsonLines, Parquet, PythonStandardLibrary, Text
-from trainer.data.storage import SourceFile, accessing, find_files, local_copy, open_file
+from trainer.data.storage import SourceFile, accessing, find_files, local_copy, open_file, read_files
 from trainer.errors import DataError
 
 FileSource = Text | JsonLines | Parquet | ArrayRecord | PythonStandardLibrary
@@ -57,13 +56,15 @@ def list_files(source: FileSource) -> list[SourceFile]:
 
 def _standard_library(max_bytes: int | None) -> list[SourceFile]:
     """Modules in an order that mixes packages, so that a small share of them is a fair sample."""
-    root = Path(sysconfig.get_path("stdlib"))
+    root = sysconfig.get_path("stdlib")
     found: list[tuple[str, SourceFile]] = []
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).parts
-        if _NOT_LIBRARY.isdisjoint(parts) and not parts[0].startswith(("config-", "_sysconfigdata")):
-            rank = hashlib.blake2b("/".join(parts).encode(), digest_size=8).hexdigest()
-            found.append((rank, SourceFile(str(path), path.stat().st_size, "")))
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NOT_LIBRARY and not name.startswith("config-")]
+        for name in names:
+            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
+                path = os.path.join(folder, name)
+                rank = hashlib.blake2b(os.path.relpath(path, root).encode(), digest_size=8).hexdigest()
+                found.append((rank, SourceFile(path, os.path.getsize(path), "")))
     files = [file for _, file in sorted(found, key=lambda pair: pair[0])]
     if not files:
         raise DataError(
@@ -89,25 +90,29 @@ def _overlaps_itself(separator: str) -> bool:
     return any(separator.startswith(separator[shift:]) for shift in range(1, len(separator)))
 
 
-def documents(source: FileSource, part: Part) -> Iterator[bytes]:
-    """The documents of one part. Raises DataError with file and place for whatever is not one."""
-    if isinstance(source, JsonLines):
-        found = _json_lines(source, part)
-    elif isinstance(source, Parquet):
-        found = _parquet(source, part)
-    elif isinstance(source, ArrayRecord):
-        found = _array_record(part)
-    elif isinstance(source, Text) and source.separator:
-        found = _separated(source.separator.encode(), part)
+def documents(source: FileSource, parts: Sequence[Part]) -> Iterator[bytes]:
+    """The documents of some parts, in order. Raises DataError with file and place for whatever is not one."""
+    if isinstance(source, PythonStandardLibrary) or (isinstance(source, Text) and source.separator is None):
+        found = _texts([part.file.path for part in parts])
     else:
-        found = _text(part)
+        found = (document for part in parts for document in _cut_documents(source, part))
     return (document for document in found if document)
 
 
-def _text(part: Part) -> Iterator[bytes]:
-    with open_file(part.file.path) as file:
-        data = file.read().removeprefix(_BYTE_ORDER_MARK)
-    yield _checked(data, part.file.path)
+def _cut_documents(source: Text | JsonLines | Parquet | ArrayRecord, part: Part) -> Iterator[bytes]:
+    if isinstance(source, JsonLines):
+        return _json_lines(source, part)
+    if isinstance(source, Parquet):
+        return _parquet(source, part)
+    if isinstance(source, ArrayRecord):
+        return _array_record(part)
+    assert source.separator is not None
+    return _separated(source.separator.encode(), part)
+
+
+def _texts(paths: Sequence[str]) -> Iterator[bytes]:
+    for path, data in zip(paths, read_files(paths), strict=True):
+        yield _checked(data.removeprefix(_BYTE_ORDER_MARK), path)
 
 
 def _separated(separator: bytes, part: Part) -> Iterator[bytes]:

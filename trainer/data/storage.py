@@ -44,8 +44,9 @@ class Folder(Protocol):
     url: str
 
     def read(self, names: Sequence[str]) -> list[bytes]: ...
-    def write(self, name: str, data: bytes) -> None: ...
+    def write(self, name: str, data: bytes | memoryview) -> None: ...
     def exists(self, name: str) -> bool: ...
+    def size(self, name: str) -> int: ...
     def sizes(self) -> dict[str, int]: ...
     def spans(self, spans: Sequence[Span], dtype: np.dtype[Any]) -> list[np.ndarray]: ...
     def clean(self) -> None: ...
@@ -61,9 +62,10 @@ class LocalFolder:
             raise DataError(f"the data cache {url} cannot be made: {error.strerror}", hint="set data.cache_directory") from error
 
     def read(self, names: Sequence[str]) -> list[bytes]:
-        return [Path(self.url, name).read_bytes() for name in names]
+        with accessing(self.url):
+            return [Path(self.url, name).read_bytes() for name in names]
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes | memoryview) -> None:
         target = os.path.join(self.url, name)
         temporary = f"{target}.{uuid.uuid4().hex}.tmp"
         try:
@@ -84,6 +86,13 @@ class LocalFolder:
 
     def exists(self, name: str) -> bool:
         return os.path.exists(os.path.join(self.url, name))
+
+    def size(self, name: str) -> int:
+        try:
+            with open(os.path.join(self.url, name), "rb") as file:  # opened: a network file system answers it from the server
+                return os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
+            return 0
 
     def sizes(self) -> dict[str, int]:
         with os.scandir(self.url) as entries:
@@ -114,13 +123,18 @@ class BucketFolder:
             found: dict[str, bytes] = self._fs.cat([f"{self.url}/{name}" for name in names])
         return [found[f"{self.url.removeprefix('gs://')}/{name}"] for name in names]
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes | memoryview) -> None:
         with accessing(f"{self.url}/{name}", "written"):
-            self._fs.pipe_file(f"{self.url}/{name}", data)
+            self._fs.pipe_file(f"{self.url}/{name}", bytes(data))
 
     def exists(self, name: str) -> bool:
         with accessing(self.url):
             return self._fs.isfile(f"{self.url}/{name}")
+
+    def size(self, name: str) -> int:
+        with accessing(self.url), suppress(FileNotFoundError):
+            return self._fs.info(f"{self.url}/{name}")["size"]
+        return 0
 
     def sizes(self) -> dict[str, int]:
         with accessing(self.url), suppress(FileNotFoundError):
@@ -210,6 +224,22 @@ def open_file(path: str) -> Iterator[BinaryIO]:
         file = bucket_client().open(path, "rb", cache_type="readahead") if path.startswith("gs://") else open(path, "rb")
         with cast(BinaryIO, file):
             yield file
+
+
+def read_files(paths: Sequence[str]) -> Iterator[bytes]:
+    """The bytes of every file, in order; those in buckets are fetched together, because each has to be waited for."""
+    remote = [path for path in paths if path.startswith("gs://")]
+    fetched: dict[str, bytes] = {}
+    if remote:
+        with accessing(remote[0]):
+            fetched = bucket_client().cat(remote)
+    for path in paths:
+        if path.startswith("gs://"):
+            yield fetched[path.removeprefix("gs://")]
+        else:
+            with accessing(path):
+                data = Path(path).read_bytes()
+            yield data
 
 
 @contextmanager

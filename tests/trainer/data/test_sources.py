@@ -27,7 +27,7 @@ PRESENT = [text.encode() for text in TEXTS if text]
 def read(source: FileSource, parts: int = 1) -> list[bytes]:
     files = list_files(source)
     pieces = cut(source, files, max(1, sum(file.size for file in files) // parts))
-    return [document for piece in pieces for part in piece for document in documents(source, part)]
+    return [document for piece in pieces for document in documents(source, piece)]
 
 
 def write_text(path: Path) -> FileSource:
@@ -66,7 +66,14 @@ def write_array_record(path: Path) -> FileSource:
     return ArrayRecord(paths=(str(path),))
 
 
-WRITERS = [write_text, write_blank_lines, write_json, write_json_gz, write_parquet, write_array_record]
+def write_files(path: Path) -> FileSource:
+    path.mkdir()
+    for index, text in enumerate(TEXTS):
+        (path / f"{index:03}.txt").write_text(text)
+    return Text(paths=(f"{path}/*.txt",))
+
+
+WRITERS = [write_files, write_text, write_blank_lines, write_json, write_json_gz, write_parquet, write_array_record]
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -78,9 +85,9 @@ def test_every_document_is_read_once_however_the_file_is_cut(write: Callable[[Pa
 @pytest.mark.parametrize("write", WRITERS)
 def test_a_bucket_gives_the_same_documents_as_a_folder(write: Callable[[Path], FileSource], tmp_path: Path, gcs: Gcs) -> None:
     source = write(tmp_path / "file")
-    (local,) = source.model_dump()["paths"]
-    bucket_client().pipe_file(f"{gcs.bucket}/sources/{write.__name__}/{Path(local).name}", Path(local).read_bytes())
-    remote = source.model_copy(update={"paths": (f"{gcs.url}/sources/{write.__name__}/*",)})
+    for file in list_files(source):
+        bucket_client().pipe_file(f"{gcs.bucket}/{write.__name__}/{Path(file.path).name}", Path(file.path).read_bytes())
+    remote = source.model_copy(update={"paths": (f"{gcs.url}/{write.__name__}/*",)})
     assert read(remote, parts=4) == PRESENT
 
 
