@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             print(f"error: {problem}", file=sys.stderr)
         _leave(Exit.CONFIG, str(error.problems[0]))
     except TrainerError as error:
-        print(f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
         if error.exit_code != Exit.PREEMPTED:
+            print(f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
             _leave(error.exit_code, str(error))
         code, message = error.exit_code, str(error)
     except Exception as error:  # the one place where everything ends

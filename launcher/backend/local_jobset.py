@@ -77,8 +77,8 @@ class LocalJobSet:
         job = next((job for job in self.jobs if job["metadata"]["name"] == pod["metadata"]["labels"][JOB_NAME_LABEL]), None)
         if pod["metadata"]["labels"][RESTART_ATTEMPT_LABEL] != str(self.attempt) or job is None:
             return
-        if not asked:
-            self._event(f"pod/{name}", "Ended", f"exit code {exit_code}" + (f": {message}" if message else ""), warning=exit_code != 0)
+        words = (f": {message}" if message else "") + (" (it was told to leave)" if asked else "")
+        self._event(f"pod/{name}", "Ended", f"exit code {exit_code}{words}", warning=exit_code != 0 and not asked)
         self._judge_job(job, pod, exit_code)
         self._judge_jobset()
 

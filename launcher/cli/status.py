@@ -35,7 +35,7 @@ def command(
     directory = status.annotations.get(RUN_DIRECTORY_ANNOTATION, "")
     progress = last_progress(directory) if directory else None
     if output is not Output.TABLE:
-        reached = {"step": progress.step, "loss": progress.loss, "at": progress.at.isoformat(timespec="seconds")} if progress else None
+        reached = {"done": progress.done, "loss": progress.loss, "at": progress.at.isoformat(timespec="seconds")} if progress else None
         emit({**as_data(status), "progress": reached, "events": [as_data(event) for event in events]}, output)
         return
     rows = [
@@ -45,7 +45,7 @@ def command(
     ]
     if progress:
         loss = "" if progress.loss is None else f", loss {progress.loss:.4f}"
-        rows.append(("progress", f"step {progress.step}{loss}, {age(progress.at)} ago"))
+        rows.append(("progress", f"{progress.done} steps done{loss}, {age(progress.at)} ago"))
     if directory:
         rows.append(("directory", directory))
     width = max(len(key) for key, _ in rows)

@@ -16,10 +16,9 @@ TAIL_BYTES: Final = 256 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    step: int
-    loss: float | None
+    done: int  # finished steps
+    loss: float | None  # of the last one
     at: datetime
-    steps: int | None  # of the whole run
 
 
 def last_progress(run_directory: str) -> Progress | None:
@@ -34,13 +33,12 @@ def last_progress(run_directory: str) -> Progress | None:
         return None
     for line in reversed(lines):
         record = _record(line)
-        if record.get("kind") == "step" and isinstance(record.get("step"), int):
+        if record.get("kind") == "step" and isinstance(record.get("done"), int):
             loss = record.get("loss")
             return Progress(
-                step=record["step"],
+                done=record["done"],
                 loss=float(loss) if isinstance(loss, int | float | str) else None,
                 at=datetime.fromtimestamp(float(record.get("time", 0)), UTC),
-                steps=record.get("steps"),
             )
     return None
 
