@@ -16,9 +16,10 @@ import pytest
 from tests.gcs_emulator import Gcs
 from tests.trainer.data.conftest import Configure
 from trainer.config.data import Text
-from trainer.data import differences, open_data
+from trainer.data import differences, open_data, packing
 from trainer.data import prepare as prepare_module
 from trainer.data.prepare import Packing, Prepared, prepare_source
+from trainer.data.split import StoredRows
 from trainer.data.storage import bucket_client
 from trainer.data.tokenizer import ByteTokenizer, Tokenizer
 from trainer.errors import DataError
@@ -84,6 +85,22 @@ def test_the_cache_holds_every_document_once_on_one_of_the_two_sides(corpus: Pat
     texts = [path.read_bytes() for path in corpus.rglob("*.txt") if path.stat().st_size]
     assert sorted(found) == sorted(texts)
     assert prepared.documents["train"] + prepared.documents["eval"] == len(texts) and prepared.documents["eval"] > 0
+
+
+@pytest.mark.parametrize("length", [1, 7, 64])
+def test_the_rows_of_all_pieces_hold_their_streams_from_the_first_token_to_the_last(corpus: Path, tmp_path: Path, length: int) -> None:
+    prepared = make(corpus, tmp_path / "cache")
+    rows = StoredRows(prepared, "train", length)
+    wide = rows.read(np.arange(rows.count))
+    first = 0
+    for piece, tokens in enumerate(prepared.tokens["train"]):
+        stream = np.fromfile(Path(prepared.folder.url, f"{piece:05}.train"), "<u2")
+        count = packing.row_count(tokens, length)
+        mine = wide[first : first + count]
+        read = np.concatenate([mine[0, :1], mine[:, 1:][mine[:, 1:] != packing.PADDING]])
+        np.testing.assert_array_equal(read, packing.widen(stream))
+        first += count
+    assert first == rows.count
 
 
 def test_a_second_call_makes_nothing_again(corpus: Path, tmp_path: Path) -> None:
