@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 import jax
@@ -91,14 +92,15 @@ def export_huggingface(
     max_positions: int,
     dtype: str | None = None,
     original: Mapping[str, Any] | None = None,
-    tokenizer_files: Iterable[str] = (),
+    companions: Mapping[str, str] = MappingProxyType({}),
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write `model` as a Hugging Face folder: safetensors, config.json, tokenizer files.
+    """Write `model` as a Hugging Face folder: safetensors and config.json.
 
     read(path) gives a parameter; it is called once for each, in forward order, and one is held at a time.
     original: config.json of the checkpoint the run began from; its fields and dtype are kept.
     dtype: `float32`, `float16` or `bfloat16`; default: the original's, else float32.
+    companions: further files to copy (a tokenizer's), by the name they get.
     Raises CheckpointError when no Hugging Face family describes the model.
     """
     dtype = dtype or _dtype(original or {}) or "float32"
@@ -121,8 +123,8 @@ def export_huggingface(
     shapes = {name: source.shape for name, source in described.items()}
     write_safetensors(folder, shapes, values, dtype=dtype, max_file_bytes=max_file_bytes)
     target = epath.Path(folder)
-    for file in tokenizer_files:
-        (target / epath.Path(file).name).write_bytes(epath.Path(file).read_bytes())
+    for name, file in companions.items():
+        (target / name).write_bytes(epath.Path(file).read_bytes())
     # Last: a folder with a config.json is complete.
     (target / CONFIG_FILE).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
 
