@@ -62,7 +62,7 @@ def summary(lines: list[dict[str, Any]], seconds: float) -> None:
     print(f"resumed from  step {', '.join(str(line['step']) for line in resumed) or 'nowhere: it was never killed'}")
     print(f"checkpoint    {RUN / 'checkpoints' / str(committed()[-1])}")
     print("\nNext:")
-    print("  .venv/bin/nnxlaunch explain k8s/examples/v5p-128x4-spot.job.yaml   what a real spec means")
+    print("  .venv/bin/nnxlaunch explain k8s/examples/v5p-128-spot.job.yaml   what a real spec means")
     print("  .venv/bin/nnxlaunch init > job.yaml                                a spec of your own")
     print("  less README.md")
 

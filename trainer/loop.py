@@ -75,6 +75,7 @@ class Loop:
     def _require_finite(self, metrics: Mapping[str, float] | None) -> None:
         if metrics is None or all(math.isfinite(metrics[name]) for name in ("loss", "gradient_norm")):
             return
+        self.checkpoints.wait()  # every process is here; a save in flight is from before
         raise NumericsError(
             f"step {int(metrics['step'])}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}",
             hint="every committed checkpoint is from before; lower the learning rate, or look at the rows of this step",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import jax
 from flax import nnx
@@ -12,10 +13,11 @@ from flax import nnx
 from trainer import distributed
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint.mismatch import compare_meta
+from trainer.checkpoint.peers import Peers
 from trainer.config.train import TrainConfig
 from trainer.contract import Exit
 from trainer.data import BatchLoader, Data, differences, open_data
-from trainer.errors import ResumeMismatch
+from trainer.errors import DataError, ResumeMismatch
 from trainer.feed import Feed
 from trainer.loop import Loop
 from trainer.loss import LossSums
@@ -24,6 +26,9 @@ from trainer.parallel.mesh import build_mesh
 from trainer.parallel.sharding import Layout
 from trainer.state import StateSpec, describe_state, initial_state, state_from_items, state_items
 from trainer.step import Batch, EvalStep, make_eval_step, make_train_step
+
+DATA_DEADLINE_SECONDS: Final = 3600
+"""How long the processes wait for the one that is last to prepare its data."""
 
 
 def run(config: TrainConfig) -> Exit:
@@ -36,6 +41,7 @@ def run(config: TrainConfig) -> Exit:
         enable_compile_cache(config.compile_cache)
     layout = Layout(build_mesh(config.mesh, jax.devices(), slices=world.slices))
     data = open_data(config, process_index=world.process_index, process_count=world.process_count)
+    _require_same_data(data)
     spec = describe_state(config, layout)
     checkpoints = Checkpoints(config.checkpoint, config.run_directory)
     header = make_header(config, dict(layout.mesh.shape))
@@ -100,6 +106,20 @@ def _evaluation(config: TrainConfig, data: Data, layout: Layout, eval_step: Eval
         return sums
 
     return evaluate
+
+
+def _require_same_data(data: Data) -> None:
+    """Raises DataError on every process when any of them reads other data than process 0."""
+    peers = Peers()
+    deadline = time.monotonic() + DATA_DEADLINE_SECONDS
+    found = peers.gather("data", data.identity.dataset, deadline=deadline)
+    others = [str(index) for index, fingerprint in enumerate(found) if fingerprint != found[0]]
+    others = peers.broadcast("data", ", ".join(others) if peers.is_primary else None, deadline=deadline)
+    if others:
+        raise DataError(
+            f"the files of data.sources on process {others} are not those of process 0",
+            hint="give every host the same files, or put them where all hosts read them, such as gs://",
+        )
 
 
 def _meta(config: TrainConfig, data: Data, header: Mapping[str, Any], done: int) -> dict[str, Any]:

@@ -1,0 +1,163 @@
+"""Whole runs in this process: counted traces, compiles and host reads; evaluation; numerics; resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from trainer import run as run_module
+from trainer.checkpoint import Checkpoints
+from trainer.config import TrainConfig
+from trainer.contract import Exit
+from trainer.errors import NumericsError, Preempted, ResumeMismatch
+from trainer.observe import metrics as metrics_module
+from trainer.parallel.sharding import Layout
+from trainer.run import run
+from trainer.state import describe_state, state_items
+from tests.trainer.configs import config, layout
+
+SOURCE = {"sources": [{"type": "synthetic", "distinct_batches": 4}]}
+
+
+def small(directory: Path, *overrides: str, **changes: Any) -> TrainConfig:
+    document = {"steps": 6, "data": SOURCE, "metrics": {"writers": ["jsonl"]}, "checkpoint": {"every_steps": 3}, **changes}
+    return config(*overrides, run_directory=str(directory), **document)
+
+
+def parameters(directory: Path, step: int) -> dict[str, np.ndarray]:
+    saved = Checkpoints(config().checkpoint, str(directory))
+    where = layout(config())
+    wanted = state_items(describe_state(config(), where).abstract)
+    restored = saved.restore(step, {"params": wanted["params"], "opt": wanted["opt"]})
+    return {f"{item}/{name}": np.asarray(value) for item, values in restored.items() for name, value in values.items()}
+
+
+def losses(directory: Path) -> list[float]:
+    lines = [json.loads(line) for line in (directory / "metrics" / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "step"]
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Names of the functions traced and compiled, as JAX logs them."""
+    seen: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append(record.getMessage())
+
+    handler = Collect()
+    loggers = [logging.getLogger(name) for name in ("jax._src.interpreters.pxla", "jax._src.dispatch", "jax._src.compiler")]
+    with jax.log_compiles():
+        for logger in loggers:
+            logger.addHandler(handler)
+        try:
+            yield seen
+        finally:
+            for logger in loggers:
+                logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps without evaluation."""
+    directory = tmp_path_factory.mktemp("plain")
+    assert run(small(directory)) == Exit.DONE
+    return directory
+
+
+def test_a_run_with_evaluation_and_checkpoints_traces_and_compiles_each_step_once(tmp_path: Path, plain: Path) -> None:
+    with compilations() as seen:
+        run(small(tmp_path, eval={"every_steps": 2}))
+    for function in ("train_step", "eval_step"):
+        assert sum(f"Finished tracing {function} for jit" in line for line in seen) == 1
+        assert sum(f"Finished XLA compilation of jit({function})" in line for line in seen) == 1
+    evaluated, alone = parameters(tmp_path, 6), parameters(plain, 6)
+    for name, value in alone.items():
+        np.testing.assert_array_equal(evaluated[name], value, err_msg=name)
+
+
+def test_a_resumed_run_traces_and_compiles_the_step_once_and_ends_with_the_same_bits(tmp_path: Path, plain: Path, monkeypatch) -> None:
+    monkeypatch.setattr(run_module.distributed, "preemption_requested", lambda step: step == 4)
+    with pytest.raises(Preempted, match="checkpoint 4 is committed"):
+        run(small(tmp_path))
+    monkeypatch.undo()
+    with compilations() as seen:
+        run(small(tmp_path))
+    assert sum("Finished tracing train_step for jit" in line for line in seen) == 1
+    assert sum("Finished XLA compilation of jit(train_step)" in line for line in seen) == 1
+    assert losses(tmp_path) == losses(plain)
+    resumed, alone = parameters(tmp_path, 6), parameters(plain, 6)
+    for name, value in alone.items():
+        np.testing.assert_array_equal(resumed[name], value, err_msg=name)
+    assert run(small(tmp_path)) == Exit.DONE  # complete: nothing is trained again
+    assert losses(tmp_path) == losses(plain)
+
+
+def test_another_learning_rate_is_refused_at_resume_with_both_values_named(plain: Path) -> None:
+    with pytest.raises(ResumeMismatch, match=r"schedule.learning_rate: saved 0.003, now 0.1"):
+        run(small(plain, "schedule.learning_rate=0.1"))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_after_logging_and_is_never_saved(tmp_path: Path) -> None:
+    with pytest.raises(NumericsError, match="nan|inf"):
+        run(small(tmp_path, "schedule.learning_rate=1e30", "optimizer.clip_norm=null", checkpoint={"every_steps": 1}))
+    logged = losses(tmp_path)
+    assert np.isfinite(logged[0])
+    committed = Checkpoints(config().checkpoint, str(tmp_path)).latest_step()
+    assert committed == len(logged) - 1
+
+
+class HostReads:
+    """Counts conversions of device arrays to host values, whoever asks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        from jax._src.array import ArrayImpl
+
+        original = ArrayImpl._value.fget  # type: ignore[attr-defined]
+
+        def value(array: Any) -> Any:
+            self.count += 1
+            return original(array)
+
+        monkeypatch.setattr(ArrayImpl, "_value", property(value))
+
+
+def host_reads_of_the_loop(directory: Path, monkeypatch: pytest.MonkeyPatch, steps: int, planted: bool) -> int:
+    original = run_module.make_train_step
+
+    def make(*arguments: Any) -> Any:
+        step = original(*arguments)
+
+        def wrapped(state: Any, batch: Any) -> Any:
+            state, metrics = step(state, batch)
+            if planted:
+                float(metrics["loss"])
+            return state, metrics
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "make_train_step", make)
+        reads = HostReads(patch)
+        run(small(directory, steps=steps, checkpoint={"every_steps": 100}))
+        return reads.count
+
+
+def test_the_loop_reads_nothing_from_the_device_but_the_metrics_of_the_previous_step(tmp_path: Path, monkeypatch) -> None:
+    short, long = (host_reads_of_the_loop(tmp_path / str(steps), monkeypatch, steps, planted=False) for steps in (4, 8))
+    assert long - short == 4 * len(METRICS)
+    planted = [host_reads_of_the_loop(tmp_path / f"planted {steps}", monkeypatch, steps, planted=True) for steps in (4, 8)]
+    assert planted[1] - planted[0] == 4 * (len(METRICS) + 1)
+
+
+METRICS = ("loss", "cross_entropy", "z_loss", "tokens", "gradient_norm", "learning_rate")
