@@ -1,0 +1,162 @@
+"""Exact resume through real processes: SIGKILL at random moments, other meshes and process counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from trainer import contract
+from trainer.checkpoint import Checkpoints
+from trainer.checkpoint.commit import committed_steps
+from trainer.state import describe_state, state_items
+from tests.trainer.configs import config, layout
+
+ROOT = Path(__file__).parents[2]
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+def document(directory: Path, cache: str, **changes: Any) -> Path:
+    """A config file of 60 steps on real text."""
+    run = config(
+        run_directory=str(directory),
+        steps=STEPS,
+        checkpoint={"every_steps": 7},
+        metrics={"writers": ["jsonl"]},
+        data={"sources": [{"type": "python_standard_library", "max_bytes": 200_000}], "cache_directory": cache},
+        **changes,
+    )
+    content = run.model_dump(mode="json")
+    content["model"]["vocab_size"] = 260
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "train.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+class Processes:
+    """The trainer's processes of one attempt, each `python -m trainer` with its parent."""
+
+    def __init__(self, path: Path, *, processes: int, devices: int, attempt: int, overrides: tuple[str, ...] = ()) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.children: list[subprocess.Popen[str]] = []
+        flags = "--xla_backend_optimization_level=0"
+        for index in range(processes):
+            environment = {
+                **os.environ,
+                "XLA_FLAGS": flags,
+                contract.DEVICES_PER_HOST: str(devices),
+                contract.NUM_SLICES: "1",
+                contract.HOSTS_PER_SLICE: str(processes),
+                contract.JOB_INDEX: "0",
+                contract.COMPLETION_INDEX: str(index),
+                contract.COORDINATOR: f"127.0.0.1:{port}",
+                contract.POD_IP: "127.0.0.1",
+                contract.ATTEMPT: str(attempt),
+            }
+            command = [sys.executable, "-m", "trainer", "--config", str(path)]
+            for override in overrides:
+                command += ["--set", override]
+            self.children.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in self.children:
+            child.kill()
+            child.communicate()
+
+    def finish(self) -> list[int]:
+        outputs = [child.communicate(timeout=240)[0] for child in self.children]
+        codes = [child.returncode for child in self.children]
+        assert not any(code in (1, 64, 70, 77) for code in codes), "\n".join(outputs)[-3000:]
+        return codes
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
+    file = directory / "metrics" / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")] if file.exists() else []
+
+
+def losses(directory: Path) -> dict[int, float]:
+    """Loss by step; a step that was done again must have given the same."""
+    found: dict[int, float] = {}
+    for record in records(directory):
+        if record["kind"] == "step":
+            assert found.setdefault(record["step"], record["loss"]) == record["loss"]
+    return found
+
+
+def final_arrays(directory: Path) -> dict[str, np.ndarray]:
+    run = config("model.vocab_size=260")
+    wanted = state_items(describe_state(run, layout(run)).abstract)
+    restored = Checkpoints(run.checkpoint, str(directory)).restore(STEPS, wanted)
+    return {f"{item}/{name}": np.asarray(value) for item, values in restored.items() for name, value in values.items()}
+
+
+def wait_for_step(child: subprocess.Popen[str], directory: Path, step: int) -> None:
+    """Until `step` steps are reported; looks again whenever the process has not ended within a moment."""
+    while max((record["done"] for record in records(directory) if record["kind"] == "step"), default=0) < step:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=0.05)
+            raise AssertionError(f"ended with {child.returncode} before step {step}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: str) -> Path:
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    with Processes(document(directory, cache), processes=1, devices=8, attempt=0) as attempt:
+        assert attempt.finish() == [0]
+    return directory
+
+
+def test_three_kills_at_random_moments_change_no_loss_and_no_bit(tmp_path: Path, cache: str, uninterrupted: Path) -> None:
+    moments = random.Random(20).sample(range(9, STEPS - 5), 3)
+    path = document(tmp_path, cache)
+    for attempt, moment in enumerate(sorted(moments)):
+        with Processes(path, processes=1, devices=8, attempt=attempt) as running:
+            wait_for_step(running.children[0], tmp_path, moment)
+            running.children[0].send_signal(signal.SIGKILL)
+            assert running.children[0].wait() == -signal.SIGKILL
+    with Processes(path, processes=1, devices=8, attempt=3) as running:
+        assert running.finish() == [0]
+    assert losses(tmp_path) == losses(uninterrupted)
+    resumed, alone = final_arrays(tmp_path), final_arrays(uninterrupted)
+    for name, value in alone.items():
+        np.testing.assert_array_equal(resumed[name], value, err_msg=name)
+
+
+def test_eight_devices_then_four_then_two_processes_see_the_same_rows_and_the_same_losses(tmp_path: Path, cache: str, uninterrupted: Path) -> None:
+    path = document(tmp_path, cache)
+    with ExitStack() as stack:
+        for attempt, (processes, devices, until) in enumerate([(1, 8, 20), (1, 4, 40), (2, 4, STEPS)]):
+            running = stack.enter_context(Processes(path, processes=processes, devices=devices, attempt=attempt))
+            if until < STEPS:
+                wait_for_step(running.children[0], tmp_path, until)
+                running.children[0].send_signal(signal.SIGTERM)
+                assert running.finish() == [contract.Exit.PREEMPTED]
+            else:
+                assert running.finish() == [0, 0]
+    changed, alone = losses(tmp_path), losses(uninterrupted)
+    assert sorted(changed) == list(range(STEPS))
+    np.testing.assert_allclose([changed[n] for n in range(STEPS)], [alone[n] for n in range(STEPS)], rtol=1e-5)
+    assert committed_steps(str(tmp_path))[-1] == STEPS
