@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-EXAMPLES = """
-  nnxlaunch export gs://bucket/my-run --out exported           the newest checkpoint
+EXAMPLES = """  nnxlaunch export gs://bucket/my-run --out exported           the newest checkpoint
   nnxlaunch export runs/my-run --out exported --step 1000      another one
 """
 

@@ -1,6 +1,6 @@
 """The decoder-only transformer, built from its config's segments. It knows logical axes and no mesh.
 
-B sequences, T tokens, D model width, V vocabulary.
+B sequences, T tokens, N = B x T rows, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -125,10 +125,13 @@ class Transformer(nnx.Module):
     def logits(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
         """Unnormalised log probabilities of the next token, float32 [B, T, V], of what `hidden` returns."""
         x_BTD = select(segments_BT != 0, x_BTD)
-        kernel, subscripts = (self.embed["table"], "BTD,VD->BTV") if self.spec.tie_embeddings else (self.head["kernel"], "BTD,DV->BTV")
+        # One matrix of rows: over [B, T, D], XLA on CPU writes a transposed copy of all logits for the kernel's gradient.
+        x_ND = x_BTD.reshape(-1, self.spec.width)
+        kernel, subscripts = (self.embed["table"], "ND,VD->NV") if self.spec.tie_embeddings else (self.head["kernel"], "ND,DV->NV")
         with jax.default_matmul_precision(self.spec.matmul_precision):
-            weights = constrain(kernel[...].astype(x_BTD.dtype), kernel.axes)
-            logits_BTV = jnp.einsum(subscripts, x_BTD, weights, preferred_element_type=jnp.float32)
+            weights = constrain(kernel[...].astype(x_ND.dtype), kernel.axes)
+            logits_NV = jnp.einsum(subscripts, x_ND, weights, preferred_element_type=jnp.float32)
+        logits_BTV = logits_NV.reshape(*x_BTD.shape[:2], self.spec.vocab_size)
         if self.spec.head_soft_cap is not None:
             logits_BTV = self.spec.head_soft_cap * jnp.tanh(logits_BTV / self.spec.head_soft_cap)
         return constrain(logits_BTV, ("batch", "length", "act_vocab"))
