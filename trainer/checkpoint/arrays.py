@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import jax
@@ -65,21 +65,40 @@ class Writing:
 def start_writing(directory: str, items: Mapping[str, Item]) -> Writing:
     """Copy every value to the host and begin to write `directory`/<item>/. The arrays may be donated on return."""
     import orbax.checkpoint as ocp
-    from etils import epath
+
+    copied = threading.Event()
+    folders = {name: _Folder(f"{directory}/{name}", copied) for name in items}
 
     async def copy() -> list[Any]:
         futures: list[Any] = []
         for name, item in items.items():
             options = {path: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for path in item}
-            saved = await _handler().async_save(epath.Path(directory, name), args=ocp.args.PyTreeSave(dict(item), options))
-            futures += saved or []
+            futures += await _handler().async_save(folders[name], args=ocp.args.PyTreeSave(dict(item), options)) or []
         return futures
 
-    folders = [f"{directory}/{name}" for name in items]
-    if not directory.startswith("gs://"):
-        for folder in folders:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-    return Writing(folders, asyncio.run(copy()))
+    try:
+        return Writing([f"{directory}/{name}" for name in items], asyncio.run(copy()))
+    finally:
+        copied.set()
+
+
+class _Folder:
+    """Orbax's PathAwaitingCreation: its threads wait here until all items are copied, so that they do not slow the copy."""
+
+    def __init__(self, path: str, copied: threading.Event) -> None:
+        from etils import epath
+
+        self.path = epath.Path(path)
+        self._copied = copied
+
+    def __truediv__(self, other: str) -> _Folder:
+        return _Folder(str(self.path / other), self._copied)
+
+    async def await_creation(self) -> Any:
+        self._copied.wait()
+        if not str(self.path).startswith("gs:"):
+            self.path.mkdir(parents=True, exist_ok=True)
+        return self.path
 
 
 def read(folder: str, moves: tuple[Move, ...], wanted: AbstractItem) -> dict[str, jax.Array]:
@@ -135,16 +154,23 @@ def _read(folder: str, wanted: AbstractItem) -> dict[str, jax.Array]:
 
 
 _handlers: list[PyTreeCheckpointHandler] = []
+_handlers_lock = threading.Lock()
+
+
+def warm_up() -> None:
+    """Import Orbax beside the first steps, so that neither the start of the run nor the first save waits for it."""
+    threading.Thread(target=_handler, name="import of orbax", daemon=True).start()
 
 
 def _handler() -> PyTreeCheckpointHandler:
     """One for the process. Uncompressed: trained float32 weights shrink by a tenth at twice the time."""
-    import orbax.checkpoint as ocp
+    with _handlers_lock:
+        if not _handlers:
+            import orbax.checkpoint as ocp
 
-    if not _handlers:
-        # Orbax logs every phase, and each failure once per thread it passes through; all of them reach us as exceptions.
-        logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-        arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)
-        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-        _handlers.append(ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry))
-    return _handlers[0]
+            # Orbax logs every phase, and each failure once per thread it passes through; all of them reach us as exceptions.
+            logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+            arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)
+            registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+            _handlers.append(ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry))
+        return _handlers[0]

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import jax
 
-from trainer.checkpoint.arrays import AbstractItem, Item, describe, read, start_writing
+from trainer.checkpoint.arrays import AbstractItem, Item, describe, read, start_writing, warm_up
 from trainer.checkpoint.commit import (
     COMMIT_FILE,
     ITEMS,
     META_FILE,
     QUARANTINE,
     Damaged,
-    Inspection,
     checkpoint_directory,
     inspect,
     read_commit,
@@ -48,10 +48,12 @@ class Checkpoints:
         self._storage = open_storage(checkpoint_directory(run_directory))
         self._peers = Peers()
         self._operations = 0
+        self._last_save = ""
         self._verified: set[int] = set()
         self._skipped: dict[int, str] = {}
         self._save: Save | None = None
         self._may_write = False
+        self._warm = False
 
     @property
     def skipped(self) -> Mapping[int, str]:
@@ -70,11 +72,12 @@ class Checkpoints:
         CheckpointError when the directory cannot be read or is not ours.
         """
         operation, deadline = self._operation("latest")
-        verdict: dict[str, Any] = {}
+        found: str | None = None
         if self._peers.is_primary:
-            inspection = self._inspect()
-            verdict = {"steps": inspection.steps, "skipped": list(inspection.skipped.items())}
-        verdict = json.loads(self._peers.broadcast(operation, json.dumps(verdict) if self._peers.is_primary else None, deadline=deadline))
+            with self._telling(operation, self._read_error):
+                inspection = inspect(self._storage)
+            found = json.dumps({"steps": inspection.steps, "skipped": list(inspection.skipped.items())})
+        verdict = json.loads(self._peers.broadcast(operation, found, deadline=deadline))
         self._skipped = {}
         for step, reason in verdict["skipped"]:
             if step != self.in_flight:
@@ -88,7 +91,7 @@ class Checkpoints:
     def meta(self, step: int) -> dict[str, Any]:
         """What was given to `save`. Raises CheckpointError where the step is not committed."""
         if step not in self._verified:
-            self._read_commit(step)
+            self._require_commit(step)
         return self._document(step)["run"]
 
     def save(self, step: int, items: Mapping[str, Item], meta: Mapping[str, Any]) -> None:
@@ -102,13 +105,9 @@ class Checkpoints:
             return
         self._take_possession(step)
         operation, _ = self._operation(f"save-{step}")
-        try:
+        with self._telling(operation, lambda error: save_error(step, self._storage.root, error)):
             described = {name: {path: asdict(leaf) for path, leaf in describe(item).items()} for name, item in items.items()}
             writing = start_writing(f"{self._storage.root}/{step}", items)
-        except (OSError, ValueError) as error:
-            failure = save_error(step, self._storage.root, error)
-            self._peers.fail(operation, str(failure))
-            raise failure from error
         self._save = Save(
             step=step,
             meta={"step": step, "items": described, "run": meta},
@@ -117,13 +116,18 @@ class Checkpoints:
             writing=writing,
             timeout_seconds=self._config.save_timeout_seconds,
             operation=operation,
+            earlier_operation=self._last_save,
             after_commit=self._delete_old,
         )
+        self._last_save = operation
 
     def check(self) -> None:
         """Raises what made the save in flight fail; otherwise returns at once. Call it every step."""
         save = self._save
         if save is None:
+            if not self._warm:
+                self._warm = True
+                warm_up()
             return
         try:
             committed = save.check()
@@ -165,15 +169,11 @@ class Checkpoints:
                 f"step {step} of {self._storage.root} does not fit this model, {len(problems)} problems:\n{shorten(problems)}",
                 hint="use the model and optimizer configuration the checkpoint was written with (see its meta.json)",
             )
-        return {name: read(f"{self._storage.root}/{step}/{name}", plans[name].moves, wanted) for name, wanted in abstract_items.items()}
-
-    def _inspect(self) -> Inspection:
+        folder = f"{self._storage.root}/{step}"
         try:
-            return inspect(self._storage)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self._storage.root} cannot be read: {error.strerror}", hint="check the path and the permissions"
-            ) from error
+            return {name: read(f"{folder}/{name}", plans[name].moves, wanted) for name, wanted in abstract_items.items()}
+        except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors
+            raise self._read_error(error) from error
 
     def _verify(self, step: int, items: tuple[str, ...] = ITEMS) -> list[str]:
         """What is wrong with the content of a step; each process reads its share of the files. Agreed on all of them."""
@@ -182,15 +182,8 @@ class Checkpoints:
         operation, deadline = self._operation(f"verify-{step}")
         wrong: list[str] = []
         if self._peers.is_primary or not self._storage.lists_checksums:
-            try:
-                commit = read_commit(self._storage, step)
-            except Damaged as reason:
-                wrong = [str(reason)]
-            else:
-                needed = sorted(path for path in commit.files if path.partition("/")[0] in (*items, META_FILE))
-                # Where the store lists checksums, reading the commit has compared them.
-                share = [] if self._storage.lists_checksums else needed[self._peers.index :: self._peers.count]
-                wrong = verify_contents(self._storage, commit, share)
+            with self._telling(operation, self._read_error):
+                wrong = self._verify_share(step, items)
         parts = self._peers.gather(operation, json.dumps(wrong), deadline=deadline)
         together = json.dumps(list(dict.fromkeys(reason for part in parts for reason in json.loads(part))))
         agreed = json.loads(self._peers.broadcast(operation, together if self._peers.is_primary else None, deadline=deadline))
@@ -198,11 +191,23 @@ class Checkpoints:
             self._verified.add(step)
         return agreed
 
-    def _read_commit(self, step: int) -> None:
+    def _verify_share(self, step: int, items: tuple[str, ...]) -> list[str]:
+        try:
+            commit = read_commit(self._storage, step)
+        except Damaged as reason:
+            return [str(reason)]
+        if self._storage.lists_checksums:  # then reading the commit has compared them
+            return []
+        needed = sorted(path for path in commit.files if path.partition("/")[0] in (*items, META_FILE))
+        return verify_contents(self._storage, commit, needed[self._peers.index :: self._peers.count])
+
+    def _require_commit(self, step: int) -> None:
         try:
             read_commit(self._storage, step)
         except Damaged as reason:
             raise CheckpointError(f"step {step} of {self._storage.root} cannot be used: {reason}") from None
+        except OSError as error:
+            raise self._read_error(error) from error
 
     def _document(self, step: int) -> dict[str, Any]:
         return json.loads(self._storage.read(f"{step}/{META_FILE}"))
@@ -221,17 +226,13 @@ class Checkpoints:
             return
         operation, deadline = self._operation("possession")
         if self._peers.is_primary:
-            try:
+            with self._telling(operation, lambda error: save_error(first_step, self._storage.root, error)):
                 self._clear(first_step)
-            except (OSError, CheckpointError) as error:
-                failure = save_error(first_step, self._storage.root, error)
-                self._peers.fail(operation, str(failure))
-                raise failure from error
         self._peers.barrier(operation, deadline=deadline)
         self._may_write = True
 
     def _clear(self, first_step: int) -> None:
-        inspection = self._inspect()
+        inspection = inspect(self._storage)
         for step in sorted(inspection.skipped.keys() | self._skipped.keys()):
             if step in inspection.unfinished:
                 self._storage.remove_tree(str(step))
@@ -249,12 +250,30 @@ class Checkpoints:
     def _delete_old(self, committed: int) -> None:
         """Runs on process 0 after a commit. The commit file goes first: a step that is half deleted does not exist."""
         try:
-            steps = {*self._inspect().steps, committed}
+            steps = {*inspect(self._storage).steps, committed}
             for step in steps_to_delete(steps, keep_last=self._config.keep_last, keep_every_steps=self._config.keep_every_steps):
                 self._storage.remove(f"{step}/{COMMIT_FILE}")
                 self._storage.remove_tree(str(step))
         except (OSError, CheckpointError) as error:  # too many checkpoints harm less than a lost run; the next save tries again
             _log.warning("old checkpoints of %s could not be deleted: %s", self._storage.root, error)
+
+    @contextmanager
+    def _telling(self, operation: str, failure: Callable[[Exception], TrainerError]) -> Iterator[None]:
+        """Turn trouble into `failure`, and tell the processes that wait for this one."""
+        try:
+            yield
+        except (OSError, ValueError, CheckpointError) as error:
+            raised = failure(error)
+            self._peers.fail(operation, str(raised))
+            if raised is error:
+                raise
+            raise raised from error
+
+    def _read_error(self, error: Exception) -> TrainerError:
+        if isinstance(error, TrainerError):
+            return error
+        reason = error.strerror if isinstance(error, OSError) else str(error)[:1000]
+        return CheckpointError(f"{self._storage.root} cannot be read: {reason}", hint="check the path and the permissions")
 
     def _operation(self, name: str) -> tuple[str, float]:
         self._operations += 1

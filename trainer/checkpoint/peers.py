@@ -63,6 +63,11 @@ class Peers:
         if self.count > 1:
             self._client.key_value_set(f"{self._scope}/{operation}/failed", f"process {self.index}: {reason}", allow_overwrite=True)
 
+    def forget(self, operation: str) -> None:
+        """Free the messages of an operation that every process has left; the service keeps them otherwise."""
+        if self.count > 1 and operation:
+            self._client.key_value_delete(f"{self._scope}/{operation}/")
+
     def failure(self, operation: str) -> str | None:
         """Who failed and why, where somebody has."""
         if self.count == 1:

@@ -31,6 +31,7 @@ class Save:
     writing: Writing
     timeout_seconds: float
     operation: str  # what the peers call this save
+    earlier_operation: str  # the save before this one: over on every process that takes part in this one
     after_commit: Callable[[int], None]  # runs on process 0
     _error: TrainerError | None = None
     _thread: threading.Thread = field(init=False)
@@ -46,7 +47,7 @@ class Save:
         if self._error is not None:
             raise self._error
         if self._thread.is_alive():
-            if self._remaining_seconds() < 0:
+            if self._remaining_seconds() <= 0:
                 raise SaveFailed(
                     f"step {self.step} is still not committed to {self.storage.root} after {self.timeout_seconds:.0f} s",
                     hint="look at the storage; a slow one needs a larger checkpoint.save_timeout_seconds",
@@ -58,7 +59,8 @@ class Save:
 
     def wait(self) -> None:
         """Until it is committed or failed, or the deadline has passed: `check` tells."""
-        self._thread.join(timeout=max(self._remaining_seconds(), 0))
+        while self._thread.is_alive() and (remaining := self._remaining_seconds()) > 0:
+            self._thread.join(remaining)
 
     def _run(self) -> None:
         try:
@@ -77,6 +79,7 @@ class Save:
         own = self._checksums_of_own_files()
         parts = self.peers.gather(self.operation, json.dumps(own), deadline=self._deadline)
         if self.peers.is_primary:
+            self.peers.forget(self.earlier_operation)
             self.writing.merge()
             self._commit({path: crc32c for part in parts for path, crc32c in json.loads(part).items()})
         self.peers.broadcast(self.operation, "" if self.peers.is_primary else None, deadline=self._deadline)

@@ -79,12 +79,13 @@ def test_a_cut_file_hides_the_step_with_both_sizes(run: Path) -> None:
         path.write_bytes(content)
 
 
-def test_every_flipped_bit_is_found_before_it_is_used(run: Path) -> None:
+@pytest.mark.parametrize("trials", [200, pytest.param(2000, marks=pytest.mark.full)])
+def test_every_flipped_bit_is_found_before_it_is_used(run: Path, trials: int) -> None:
     """Orbax itself restores flipped array bytes without a word."""
     random_bits = random.Random(0)
     files = files_of(run, 20)
     storage = open_storage(str(run / "checkpoints"))
-    for trial in range(200):
+    for trial in range(trials):
         path = files[trial % len(files)]
         content = bytearray(path.read_bytes())
         position = random_bits.randrange(len(content) * 8)

@@ -127,6 +127,7 @@ def test_a_directory_that_cannot_be_written_is_refused_with_the_fix(run: Path) -
         assert checkpoints.latest_step() == 10
         with pytest.raises(CheckpointError, match=r"step 20 could not be saved to .*: Permission denied") as raised:
             checkpoints.save(20, state(20, mesh(8)), {})
+            checkpoints.wait()
     assert "write permission" in raised.value.hint
 
 

@@ -78,6 +78,12 @@ def test_everything_that_does_not_fit_is_named_at_once(run: str) -> None:
     assert "opt: 0/count: saved int32[], wanted float32[]" in message
 
 
+def test_a_long_list_of_problems_is_cut(run: str) -> None:
+    wanted = {"params": {f"w{n}": jax.ShapeDtypeStruct((), jnp.float32) for n in range(30)}}
+    with pytest.raises(CheckpointError, match=r"33 problems:(\n.*){20}\n  and 13 more$"):
+        Checkpoints(Checkpoint(), run).restore(10, wanted)
+
+
 def test_another_number_of_layers_is_refused_in_both_directions(run: str) -> None:
     for step, unrolled in ((10, True), (20, False)):
         wanted: dict[str, Any] = abstract(mesh(1), unrolled=unrolled)

@@ -17,6 +17,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 
 import jax
+from jax._src import distributed
 from jax._src.interpreters import pxla
 
 from tests.trainer.checkpoint.states import abstract, differences, mesh, state
@@ -40,7 +41,9 @@ def resume_and_save(directory: str) -> dict[str, Any]:
         checkpoints.check()
     checkpoints.wait()
     latest = checkpoints.latest_step()
-    return {"first": first, "wrong": wrong, "latest": latest, "steps": committed_steps(directory), "programs": programs}
+    messages = [key for key, _ in distributed.global_state.client.key_value_dir_get(f"{checkpoints._peers._scope}/") if "save" in key]
+    saves = len({key.split("/")[-2] for key in messages})
+    return {"first": first, "wrong": wrong, "latest": latest, "steps": committed_steps(directory), "programs": programs, "messages": saves}
 
 
 def one_fails(directory: str) -> dict[str, Any]:
