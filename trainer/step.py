@@ -34,9 +34,8 @@ def make_train_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> Tra
     def train_step(state: nnx.State, batch: Batch) -> tuple[nnx.State, Metrics]:
         with use_layout(layout):
             train = nnx.merge(spec.graphdef, state)
-            sums, gradients = _gradients(config, spec, train.model, batch)
-            tokens = jnp.maximum(sums.tokens, 1)
-            gradients = jax.tree.map(lambda leaf: leaf / tokens, gradients)
+            tokens = jnp.maximum(jnp.sum(batch["weights"] > 0, dtype=jnp.float32), 1)
+            sums, gradients = _gradients(config, spec, train.model, batch, tokens)
             metrics = {
                 "loss": sums.total / tokens,
                 "cross_entropy": sums.cross_entropy / tokens,
@@ -67,13 +66,13 @@ def _sums(config: TrainConfig, model: nnx.Module, batch: Batch) -> LossSums:
     return loss_sums(logits_BTV, batch["targets"], batch["weights"], config.loss)
 
 
-def _gradients(config: TrainConfig, spec: StateSpec, model: nnx.Module, batch: Batch) -> tuple[LossSums, nnx.State]:
-    """Loss sums and the gradient of their total, over all microbatches; gradients laid out like the parameters."""
+def _gradients(config: TrainConfig, spec: StateSpec, model: nnx.Module, batch: Batch, tokens: jax.Array) -> tuple[LossSums, nnx.State]:
+    """Loss sums, and the gradient of their total over `tokens`, over all microbatches; gradients laid out like the parameters."""
     model_def, params = nnx.split(model, nnx.Param)
 
     def total(params: nnx.State, microbatch: Batch) -> tuple[jax.Array, LossSums]:
         sums = _sums(config, nnx.merge(model_def, params), microbatch)
-        return sums.total, sums
+        return sums.total / tokens, sums
 
     def one(microbatch: Batch) -> tuple[LossSums, Any]:
         (_, sums), gradients = jax.value_and_grad(total, has_aux=True)(params, microbatch)

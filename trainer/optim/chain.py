@@ -1,36 +1,41 @@
-"""The optimizer chain: clip, precondition, decay, scale."""
+"""Optimizers as optax transformations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from trainer.config.optimizer import Optimizer
 
 
 def build_optimizer(config: Optimizer, schedule: optax.Schedule, decays: Sequence[bool]) -> optax.GradientTransformation:
-    """The optax chain of `config`. `decays` says, in the order of the parameter leaves, which of them weight decay touches."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm is not None else optax.identity(),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon),
-        _decayed_weights(config.weight_decay, decays),
-        optax.scale_by_learning_rate(schedule),
-    )
+    """Clip by global norm, then AdamW (Loshchilov and Hutter 2019). `decays`: which parameter leaves weight decay touches, in order.
 
+    The arithmetic of `optax.adamw` behind `optax.clip_by_global_norm`, with every expression per element a
+    multiplication: divisions by a norm or a bias correction are not fused into the three updates but written out.
+    """
 
-def _decayed_weights(rate: float, decays: Sequence[bool]) -> optax.GradientTransformation:
-    """Add `rate` times the parameter to the update of every leaf that decays (optax's masks need equal tree types; order does not)."""
+    def init(params: optax.Params) -> optax.OptState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=zeros, nu=jax.tree.map(jnp.zeros_like, params))
 
     def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None) -> tuple[optax.Updates, optax.OptState]:
-        leaves, tree = jax.tree.flatten(updates)
-        weights = jax.tree.leaves(params)
-        decayed = [
-            leaf + rate * weight if decay else leaf for leaf, weight, decay in zip(leaves, weights, decays, strict=True)
+        assert isinstance(state, optax.ScaleByAdamState)
+        count = optax.safe_increment(state.count)
+        clip = jnp.minimum(1, config.clip_norm / optax.tree.norm(updates)) if config.clip_norm is not None else jnp.float32(1)
+        first = 1 / (1 - config.b1 ** count.astype(jnp.float32))
+        second = 1 / (1 - config.b2 ** count.astype(jnp.float32))
+        rate = schedule(state.count)
+        gradients, tree = jax.tree.flatten(jax.tree.map(lambda g: g * clip, updates))
+        mu = [config.b1 * m + (1 - config.b1) * g for m, g in zip(jax.tree.leaves(state.mu), gradients, strict=True)]
+        nu = [config.b2 * v + (1 - config.b2) * (g * g) for v, g in zip(jax.tree.leaves(state.nu), gradients, strict=True)]
+        steps = [
+            -rate * ((m * first) / (jnp.sqrt(v * second) + config.epsilon) + (config.weight_decay * p if decay else 0))
+            for m, v, p, decay in zip(mu, nu, jax.tree.leaves(params), decays, strict=True)
         ]
-        return jax.tree.unflatten(tree, decayed), state
+        return tree.unflatten(steps), optax.ScaleByAdamState(count=count, mu=tree.unflatten(mu), nu=tree.unflatten(nu))
 
-    if rate == 0:
-        return optax.identity()
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformation(init, update)
