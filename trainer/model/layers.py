@@ -108,24 +108,10 @@ def rotate(x_BTNH: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of the table in `dtype`, [B, T, D]; NaN for an id outside of the vocabulary.
 
-    The table is cast before it is read, so that a sharded table is gathered in `dtype`; its gradient is summed
-    in the table's own dtype, because a frequent token adds up thousands of rows.
+    Cast after the lookup, so that the gradient, where a frequent token adds up thousands of rows, is summed in the
+    table's dtype. A sharded table is not gathered: the partitioner moves ids and rows.
     """
-    return table_VD.astype(dtype).at[tokens_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-
-
-def _lookup_forward(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return lookup(table_VD, tokens_BT, dtype), (tokens_BT, table_VD)
-
-
-def _lookup_backward(dtype: jnp.dtype, residuals: tuple[jax.Array, jax.Array], grad_BTD: jax.Array) -> tuple[jax.Array, None]:
-    tokens_BT, table_VD = residuals
-    rows_BTD = grad_BTD.astype(table_VD.dtype)
-    return jnp.zeros_like(table_VD).at[tokens_BT].add(rows_BTD, mode="drop", wrap_negative_indices=False), None
-
-
-lookup.defvjp(_lookup_forward, _lookup_backward)
+    return table_VD.at[tokens_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(dtype)
