@@ -14,7 +14,8 @@ class Feed:
     def __init__(self, layout: Layout, global_batch: int, sequence_length: int) -> None:
         self._shape = (global_batch, sequence_length)
         self._sharding = layout.sharding(("batch", "length"), self._shape)
-        spans = [index[0].indices(global_batch)[:2] for index in self._sharding.addressable_devices_indices_map(self._shape).values()]
+        indices = self._sharding.addressable_devices_indices_map(self._shape).values()
+        spans = [index[0].indices(global_batch)[:2] for index in indices if index is not None]
         self.local_rows = np.unique(np.concatenate([np.arange(start, stop) for start, stop in spans]))
         """Positions within the global batch that this process's devices hold, ascending."""
         self._offset = {start: int(np.searchsorted(self.local_rows, start)) for start, _ in spans}
@@ -24,7 +25,8 @@ class Feed:
         return {name: self._place(rows) for name, rows in batch.items()}
 
     def _place(self, rows: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             start, stop, _ = index[0].indices(self._shape[0])
             first = self._offset[start]
             return rows[first : first + stop - start]

@@ -55,7 +55,7 @@ def describe_state(config: TrainConfig, layout: Layout) -> StateSpec:
     flat = nnx.to_flat_state(abstract)
     shardings = [(path, variable.replace(_sharding(variable, layout))) for path, variable in flat]
     placed = [
-        (path, variable.replace(jax.ShapeDtypeStruct(variable.get_value().shape, variable.get_value().dtype, sharding=sharding.get_value())))
+        (path, variable.replace(jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding.get_value())))
         for (path, variable), (_, sharding) in zip(flat, shardings, strict=True)
     ]
     return StateSpec(graphdefs[0], nnx.from_flat_state(placed), nnx.from_flat_state(shardings))

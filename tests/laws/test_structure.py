@@ -33,7 +33,15 @@ LAUNCHER_LAYERS: tuple[tuple[str, ...], ...] = (
     ("launcher.tpu",),
     ("launcher.errors", "launcher.redact"),
 )
-WITHOUT_JAX = ("launcher.cli", "launcher.spec", "launcher.checks", "launcher.manifest", "trainer.contract", "trainer.config", "trainer.__main__")
+WITHOUT_JAX = (
+    "launcher.cli",
+    "launcher.spec",
+    "launcher.checks",
+    "launcher.manifest",
+    "trainer.contract",
+    "trainer.config",
+    "trainer.__main__",
+)
 MAX_LINES = 400
 
 

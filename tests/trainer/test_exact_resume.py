@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.trainer.configs import config, layout
 from trainer import contract
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint.commit import committed_steps
 from trainer.state import describe_state, state_items
-from tests.trainer.configs import config, layout
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
@@ -75,7 +75,9 @@ class Processes:
             command = [sys.executable, "-m", "trainer", "--config", str(path)]
             for override in overrides:
                 command += ["--set", override]
-            self.children.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+            self.children.append(
+                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            )
 
     def __enter__(self) -> Processes:
         return self
@@ -145,7 +147,9 @@ def test_three_kills_at_random_moments_change_no_loss_and_no_bit(tmp_path: Path,
         np.testing.assert_array_equal(resumed[name], value, err_msg=name)
 
 
-def test_eight_devices_then_four_then_two_processes_see_the_same_rows_and_the_same_losses(tmp_path: Path, cache: str, uninterrupted: Path) -> None:
+def test_eight_devices_then_four_then_two_processes_see_the_same_rows_and_the_same_losses(
+    tmp_path: Path, cache: str, uninterrupted: Path
+) -> None:
     path = document(tmp_path, cache)
     with ExitStack() as stack:
         for attempt, (processes, devices, until) in enumerate([(1, 8, 20), (1, 4, 40), (2, 4, STEPS)]):

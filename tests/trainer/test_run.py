@@ -13,16 +13,14 @@ import jax
 import numpy as np
 import pytest
 
+from tests.trainer.configs import config, layout
 from trainer import run as run_module
 from trainer.checkpoint import Checkpoints
 from trainer.config import TrainConfig
 from trainer.contract import Exit
 from trainer.errors import NumericsError, Preempted, ResumeMismatch
-from trainer.observe import metrics as metrics_module
-from trainer.parallel.sharding import Layout
 from trainer.run import run
 from trainer.state import describe_state, state_items
-from tests.trainer.configs import config, layout
 
 SOURCE = {"sources": [{"type": "synthetic", "distinct_batches": 4}]}
 
@@ -108,7 +106,7 @@ def test_another_learning_rate_is_refused_at_resume_with_both_values_named(plain
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_after_logging_and_is_never_saved(tmp_path: Path) -> None:
-    with pytest.raises(NumericsError, match="nan|inf"):
+    with pytest.raises(NumericsError, match=r"nan|inf"):
         run(small(tmp_path, "schedule.learning_rate=1e30", "optimizer.clip_norm=null", checkpoint={"every_steps": 1}))
     logged = losses(tmp_path)
     assert np.isfinite(logged[0])

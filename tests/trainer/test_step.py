@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.trainer.configs import config, layout, put, ragged_batch
 from trainer.config.weights import split_repeat
+from trainer.loss import LossSums
 from trainer.state import describe_state, initial_state, state_items
 from trainer.step import make_eval_step, make_train_step
-from trainer.loss import LossSums
-from tests.trainer.configs import config, layout, put, ragged_batch
 
 STEPS = 20
 VARIANTS = {

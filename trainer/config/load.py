@@ -1,4 +1,6 @@
 """Documents in: safe YAML or JSON, `--set a.b=c` overrides, and every problem at once."""
+# PyYAML's C loader has no types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 

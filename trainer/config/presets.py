@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -36,22 +36,27 @@ def read_preset(name: str) -> dict[str, Any]:
 def expand_preset(data: Any) -> Any:
     """Replace `preset: NAME` by the preset's fields, overridden by the other keys of `data` (dicts merge, the rest replaces)."""
     if not isinstance(data, dict) or "preset" not in data:
-        return data
-    rest = {key: value for key, value in data.items() if key != "preset"}
-    return merge(read_preset(str(data["preset"])), rest)
+        return cast("Any", data)
+    keys = cast("dict[str, Any]", data)
+    rest = {key: value for key, value in keys.items() if key != "preset"}
+    return merge(read_preset(str(keys["preset"])), rest)
 
 
 def merge(base: Any, over: Any) -> Any:
     """`over` on top of `base`: mappings merge key by key (integer-like keys address list items), all else replaces."""
-    if isinstance(base, list) and isinstance(over, dict) and over and all(str(key).isdigit() for key in over):
-        merged = list(base)
-        for key, value in over.items():
+    if not isinstance(over, dict):
+        return over
+    keys = cast("dict[Any, Any]", over)
+    if isinstance(base, list) and keys and all(str(key).isdigit() for key in keys):
+        merged = list(cast("list[Any]", base))
+        for key, value in keys.items():
             if int(key) >= len(merged):
                 raise ValueError(f"index {key} is outside of a list of {len(merged)}")
             merged[int(key)] = merge(merged[int(key)], value)
         return merged
-    if isinstance(base, dict) and isinstance(over, dict):
-        if "type" in over and over["type"] != base.get("type", over["type"]):
-            return over  # another kind of node: the old kind's keys mean nothing to it
-        return {**base, **{key: merge(base[key], value) if key in base else value for key, value in over.items()}}
-    return over
+    if isinstance(base, dict):
+        below = cast("dict[Any, Any]", base)
+        if "type" in keys and keys["type"] != below.get("type", keys["type"]):
+            return keys  # another kind of node: the old kind's keys mean nothing to it
+        return {**below, **{key: merge(below[key], value) if key in below else value for key, value in keys.items()}}
+    return keys

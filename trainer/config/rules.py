@@ -77,7 +77,8 @@ def resolve(axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str,
             if degree == 1:
                 continue
             if shape[dim] % (ways * degree):
-                dropped.append((dim, axis, f"{axis}={degree} does not divide {axes[dim]}={shape[dim]}" + (f" after {ways} ways" if ways > 1 else "")))
+                after = f" after {ways} ways" if ways > 1 else ""
+                dropped.append((dim, axis, f"{axis}={degree} does not divide {axes[dim]}={shape[dim]}{after}"))
                 continue
             ways *= degree
             kept.append(axis)

@@ -24,11 +24,11 @@ def build_optimizer(config: Optimizer, schedule: optax.Schedule, decays: Sequenc
 
     def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None) -> tuple[optax.Updates, optax.OptState]:
         assert isinstance(state, optax.ScaleByAdamState)
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count), jnp.int32)
         clip = jnp.minimum(1, config.clip_norm / optax.tree.norm(updates)) if config.clip_norm is not None else jnp.float32(1)
         first = 1 / (1 - config.b1 ** count.astype(jnp.float32))
         second = 1 / (1 - config.b2 ** count.astype(jnp.float32))
-        rate = schedule(state.count)
+        rate = jnp.asarray(schedule(state.count))
         gradients, tree = jax.tree.flatten(jax.tree.map(lambda g: g * clip, updates))
         mu = [config.b1 * m + (1 - config.b1) * g for m, g in zip(jax.tree.leaves(state.mu), gradients, strict=True)]
         nu = [config.b2 * v + (1 - config.b2) * (g * g) for v, g in zip(jax.tree.leaves(state.nu), gradients, strict=True)]
