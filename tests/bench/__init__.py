@@ -1,0 +1,1 @@
+"""Measurements as commands: `python -m tests.bench [NAME ...]`. Nothing here is a test."""
