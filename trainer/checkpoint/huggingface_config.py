@@ -30,12 +30,14 @@ def model_from_huggingface(config: Config) -> Model:
             f"config.json: model_type {model_type!r} is not supported" + (f"; did you mean {close!r}?" if close else ""),
             hint=f"supported: {', '.join(known)}",
         )
-    if reasons := list(_unsupported(config, known[model_type])):
+    family = known[model_type]
+    config = {**family.defaults, **config}
+    if reasons := list(_unsupported(config, family)):
         raise CheckpointError("config.json asks for what this model cannot compute:\n" + "\n".join(f"  {reason}" for reason in reasons))
     return Model(
         vocab_size=config["vocab_size"],
         width=config["hidden_size"],
-        segments=segments_of(_blocks(config, known[model_type])),
+        segments=segments_of(_blocks(config, family)),
         final_norm=Norm(epsilon=config["rms_norm_eps"]),
         tie_embeddings=config.get("tie_word_embeddings", False),
         initializer_stddev=config.get("initializer_range", 0.02),
@@ -154,8 +156,7 @@ def _windows(config: Config, family: Family) -> list[int | None]:
         return [None] * layers
     if types := config.get("layer_types"):
         return [window if kind == "sliding_attention" else None for kind in types]
-    first = config.get("max_window_layers", layers)
-    return [window if layer >= first else None for layer in range(layers)]
+    return [window if layer >= config["max_window_layers"] else None for layer in range(layers)]
 
 
 def _rope_fields(config: Config) -> dict[str, Any]:

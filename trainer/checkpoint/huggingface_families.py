@@ -56,11 +56,14 @@ class Family:
     qk_norm: bool = False
     window: Literal["none", "all layers", "layer types"] = "none"
     """`all layers`: `sliding_window` holds in every layer; `layer types`: in those `layer_types` or `max_window_layers` name."""
+    defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What transformers assumes for a key that config.json does not have."""
     fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Further fields its config.json has, written at export."""
 
 
 _FIELDS: Final = {"attention_dropout": 0.0, "use_cache": True}
+_QWEN_DEFAULTS: Final = {"rms_norm_eps": 1e-6, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 
 FAMILIES: Final = (
     Family(
@@ -69,9 +72,16 @@ FAMILIES: Final = (
         qkv_bias="attention_bias",
         output_bias="attention_bias",
         mlp_bias="mlp_bias",
+        defaults={"rms_norm_eps": 1e-6},
         fields={**_FIELDS, "pretraining_tp": 1},
     ),
-    Family(model_type="mistral", architecture="MistralForCausalLM", window="all layers", fields=_FIELDS),
+    Family(
+        model_type="mistral",
+        architecture="MistralForCausalLM",
+        window="all layers",
+        defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
+        fields=_FIELDS,
+    ),
     Family(
         model_type="qwen3",
         architecture="Qwen3ForCausalLM",
@@ -79,8 +89,16 @@ FAMILIES: Final = (
         output_bias="attention_bias",
         qk_norm=True,
         window="layer types",
+        defaults={**_QWEN_DEFAULTS, "head_dim": 128},
         fields=_FIELDS,
     ),
-    Family(model_type="qwen2", architecture="Qwen2ForCausalLM", qkv_bias=True, window="layer types", fields=_FIELDS),
+    Family(
+        model_type="qwen2",
+        architecture="Qwen2ForCausalLM",
+        qkv_bias=True,
+        window="layer types",
+        defaults=_QWEN_DEFAULTS,
+        fields=_FIELDS,
+    ),
 )
 """The order export tries them in; the first that can express a model is taken."""

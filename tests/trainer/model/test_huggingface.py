@@ -151,6 +151,10 @@ def test_older_config_files_are_read_with_the_defaults_they_rely_on() -> None:
     qwen = base | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 20}
     segments = model_from_huggingface(qwen).segments
     assert [(segment.repeats, segment.pattern[0].attention.window) for segment in segments] == [(20, None), (12, 7)]
+    mistral = model_from_huggingface(base | {"model_type": "mistral"}).segments[0].pattern[0].attention
+    assert (mistral.kv_heads, mistral.window) == (8, 4096)
+    assert model_from_huggingface(base | {"model_type": "mistral", "sliding_window": None}).segments[0].pattern[0].attention.window is None
+    assert model_from_huggingface(base | {"model_type": "qwen3", "hidden_size": 1024}).segments[0].pattern[0].attention.head_dim == 128
 
 
 @pytest.mark.parametrize(
