@@ -17,7 +17,7 @@ from launcher.spec.load import read
 from trainer.config import ConfigError, Problem, validate
 from trainer.config.load import problems_of
 
-__all__ = ["check", "check_jobset", "load", "problems_in"]
+__all__ = ["check", "check_jobset", "load", "problems_in", "problems_of_document"]
 
 Target = Literal["kubernetes", "local"]
 
@@ -82,6 +82,11 @@ def problems_in(path: str | Path, overrides: Iterable[str] = (), *, target: Targ
         document, _ = read(path, overrides)
     except ConfigError as error:
         return None, error.problems
+    return problems_of_document(document, target=target)
+
+
+def problems_of_document(document: dict[str, Any], *, target: Target | None = None) -> tuple[JobSpec | None, list[Problem]]:
+    """As `problems_in`, for a parsed document."""
     try:
         spec = validate(JobSpec, document, hidden=("env",))
     except ConfigError as error:
