@@ -1,0 +1,193 @@
+"""The local backend with real processes: small programs in the trainer's place, the rendered JobSet otherwise."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.backend import JobState
+from launcher.backend.local import LocalBackend
+from launcher.backend.local_state import STATE_VARIABLE
+from launcher.cli import main
+from launcher.errors import AlreadyExists, NotFound, Unavailable
+from tests.launcher.local_jobs import container_of, document, exists, jobset_of, last, manifests, until
+from trainer import contract
+
+ATTEMPT = "import os, sys; attempt = int(os.environ['NNX_RESTART_ATTEMPT']); "
+# Starts a process that leaves its session, then waits for a signal that it ignores or obeys.
+DAEMON = """
+import os, pathlib, signal, subprocess, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN if sys.argv[2] == "stubborn" else lambda *_: sys.exit(75))
+folder = sys.argv[1].removeprefix("folder:")  # in a pod, a word that begins with /tmp is the pod's own /tmp
+hidden = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"], start_new_session=True)
+pathlib.Path(folder, f"{os.environ['JOB_COMPLETION_INDEX']}.pids").write_text(f"{os.getpid()} {hidden.pid}")
+while True:
+    signal.pause()
+"""
+
+
+@pytest.fixture
+def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalBackend]:
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
+    monkeypatch.setenv("NNXLAUNCH_BACKEND", "local")
+    backend = LocalBackend()
+    yield backend
+    for status in backend.list():
+        backend.delete(status.name)
+
+
+def command(*words: str) -> int:
+    """Exit code of `nnxlaunch words...`."""
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    return int(ended.value.code or 0)
+
+
+def pids(tmp_path: Path, hosts: int) -> list[int]:
+    """Process ids the DAEMON programs have written down, two a host."""
+    files = [tmp_path / f"{host}.pids" for host in range(hosts)]
+    until(lambda: all(file.exists() and len(file.read_text().split()) == 2 for file in files), "the programs to start")
+    return [int(pid) for file in files for pid in file.read_text().split()]
+
+
+def test_a_process_finds_what_a_pod_would_find(backend: LocalBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NNX_JOB_INDEX", "7")  # the shell's own values are not the pod's
+    monkeypatch.setenv("HUB_TOKEN", "s3cret-value")
+    program = "import json, os, sys; print(json.dumps([dict(os.environ), open(sys.argv[1]).read(), sys.argv[2]]))"
+    changes = {"hosts": 2, "slices": 2, "env": {"HUB_TOKEN": {"secretKeyRef": {"name": "hub", "key": "token"}}}}
+    rendered = manifests(tmp_path, program, "/etc/nnxlaunch/train.json", "$(NNX_COORDINATOR)", **changes)
+    backend.create(rendered)
+    assert last(backend).state is JobState.COMPLETED
+    found = {(line.slice_index, line.worker): json.loads(line.text) for line in backend.logs("job")}
+    assert sorted(found) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    coordinators = set()
+    for (slice_index, worker), (environment, config, coordinator) in found.items():
+        assert json.loads(config)["run_directory"] == str(tmp_path / "job")
+        assert environment[contract.JOB_INDEX] == str(slice_index) and environment[contract.COMPLETION_INDEX] == str(worker)
+        assert environment[contract.POD_NAME] == f"job-slice-{slice_index}-{worker}-a0" and environment[contract.POD_IP] == "127.0.0.1"
+        assert environment[contract.ATTEMPT] == "0" and environment["HUB_TOKEN"] == "s3cret-value"
+        assert Path(environment["TMPDIR"]).is_relative_to(tmp_path / "state")
+        assert coordinator == environment[contract.COORDINATOR]
+        coordinators.add(coordinator)
+    (coordinator,) = coordinators
+    assert coordinator.startswith("127.0.0.1:") and coordinator != f"127.0.0.1:{contract.COORDINATOR_PORT}"
+    written = [path.read_bytes() for path in (tmp_path / "state").rglob("*") if path.is_file() and path.name != "log"]
+    assert not any(b"s3cret-value" in content for content in written)
+
+
+def test_preemption_is_free_a_crash_is_counted_and_the_logs_of_all_attempts_can_be_followed(backend: LocalBackend, tmp_path: Path) -> None:
+    program = ATTEMPT + "print('attempt', attempt); sys.exit([75, 134, 0][attempt])"
+    assert backend.create(manifests(tmp_path, program, hosts=2, failure={"max_restarts": 1})).attempt == 0
+    followed = {(line.attempt, line.worker, line.text) for line in backend.logs("job", follow=True)}
+    status = last(backend)
+    assert (status.state, status.attempt, status.restarts_used, status.restarts_free) == (JobState.COMPLETED, 2, 1, 1)
+    assert {(2, 0, "attempt 2"), (2, 1, "attempt 2")} <= followed and {attempt for attempt, _, _ in followed} == {0, 1, 2}
+    assert [event.reason for event in backend.events("job")].count("Restarting") == 2
+    assert command("wait", "job") == 0
+
+
+@pytest.mark.parametrize("code", (64, 70, 77))
+def test_codes_that_no_restart_can_cure_are_never_restarted(backend: LocalBackend, tmp_path: Path, code: int) -> None:
+    words = "pathlib.Path(os.environ['NNX_TERMINATION_LOG']).write_text('what went wrong')"
+    backend.create(manifests(tmp_path, f"import os, pathlib, sys; {words}; sys.exit({code})", failure={"max_restarts": 5}))
+    status = last(backend)
+    assert (status.state, status.attempt) == (JobState.FAILED, 0)
+    assert f"exited with {code} ({contract.MEANING[code]}): what went wrong" in status.message
+
+
+def test_an_exhausted_budget_is_a_failure_with_its_cause(backend: LocalBackend, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backend.create(manifests(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", failure={"max_restarts": 1}))
+    assert command("wait", "job", "--timeout", "1m") == 125
+    assert "exited with 139 (segmentation fault)" in capsys.readouterr().err
+    assert command("status", "job", "--output", "json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["state"], shown["reason"], shown["restarts_used"], shown["attempt"]) == ("failed", "ReachedMaxRestarts", 1, 1)
+    assert command("status", "job") == 0
+    assert "1 of 1 used" in capsys.readouterr().out
+
+
+def test_cancel_leaves_no_process_not_even_one_that_left_its_session(backend: LocalBackend, tmp_path: Path) -> None:
+    backend.create(manifests(tmp_path, DAEMON, f"folder:{tmp_path}", "obedient", hosts=2, grace_seconds=30))
+    running = pids(tmp_path, 2)
+    assert command("wait", "job", "--timeout", "0.2s") == 124
+    assert command("cancel", "job") == 0
+    assert [pid for pid in running if exists(pid)] == []
+    assert command("status", "job") == NotFound.exit_code
+    assert command("wait", "job") == 1
+
+
+def test_a_process_that_ignores_sigterm_is_killed_when_its_grace_is_over(backend: LocalBackend, tmp_path: Path) -> None:
+    backend.create(manifests(tmp_path, DAEMON, f"folder:{tmp_path}", "stubborn", hosts=2, grace_seconds=1, failure={"max_restarts": 0}))
+    first, hidden, second, other = pids(tmp_path, 2)
+    os.kill(first, signal.SIGKILL)
+    status = last(backend)
+    assert status.state is JobState.FAILED and "worker 0 exited with 137" in status.message
+    assert status.pods[1].exit_code == 137
+    assert [pid for pid in (first, hidden, second, other) if exists(pid)] == []
+
+
+def test_a_killed_supervisor_is_reported_and_its_processes_end(backend: LocalBackend, tmp_path: Path) -> None:
+    backend.create(manifests(tmp_path, DAEMON, f"folder:{tmp_path}", "stubborn", hosts=2))
+    running = pids(tmp_path, 2)
+    supervisor = json.loads((tmp_path / "state/default/job/supervisor.json").read_text())["pid"]
+    os.kill(supervisor, signal.SIGKILL)
+    status = last(backend)
+    assert (status.state, status.reason) == (JobState.FAILED, "SupervisorLost")
+    until(lambda: not any(exists(pid) for pid in running), "the processes to end")
+    assert [found.state for found in backend.list()] == [JobState.FAILED]
+
+
+def test_a_taken_name_is_refused_and_replace_waits_for_the_old_job(backend: LocalBackend, tmp_path: Path) -> None:
+    backend.create(manifests(tmp_path, DAEMON, f"folder:{tmp_path}", "obedient"))
+    old = pids(tmp_path, 1)
+    with pytest.raises(AlreadyExists, match="job 'job' exists already"):
+        backend.create(manifests(tmp_path, "pass"))
+    assert all(exists(pid) for pid in old)
+    backend.create(manifests(tmp_path, "pass"), replace=True)
+    assert not any(exists(pid) for pid in old)
+    assert last(backend).state is JobState.COMPLETED
+
+
+def test_a_finished_job_is_forgotten_after_its_time(backend: LocalBackend, tmp_path: Path) -> None:
+    backend.create(manifests(tmp_path, "pass", ttl_seconds=0))
+    until(lambda: backend.list() == [], "the finished job to be forgotten")
+
+
+def test_what_this_machine_cannot_run_is_said_before_anything_starts(
+    backend: LocalBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HUB_TOKEN", raising=False)
+    tpu = manifests(tmp_path, "pass")
+    container_of(tpu)["resources"] = {"limits": {"google.com/tpu": 4}}
+    volume = manifests(tmp_path, "pass", volumes=[{"type": "pvc", "claim": "disk", "mount_path": "/data"}])
+    secret = manifests(tmp_path, "pass", env={"HUB_TOKEN": {"secretKeyRef": {"name": "hub", "key": "token"}}})
+    waiting = manifests(tmp_path, "pass")
+    jobset_of(waiting)["spec"]["replicatedJobs"][0]["dependsOn"] = [{"name": "other", "status": "Ready"}]
+    expected = {"TPU chips": tpu, "persistentVolumeClaim": volume, "Secret 'hub'": secret, "dependsOn": waiting}
+    for words, rendered in expected.items():
+        with pytest.raises(Unavailable, match=words):
+            backend.create(rendered)
+    assert backend.list() == []
+
+
+def test_a_command_that_does_not_exist_is_a_failure_with_its_cause(backend: LocalBackend, tmp_path: Path) -> None:
+    rendered = manifests(tmp_path, "")
+    container_of(rendered)["command"] = ["no-such-program"]
+    backend.create(rendered)
+    status = last(backend)
+    assert status.state is JobState.FAILED and "exited with 128" in status.message and "no-such-program" in status.message
+
+
+def test_a_refused_spec_creates_nothing(backend: LocalBackend, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = tmp_path / "job.yaml"
+    spec.write_text(json.dumps(document(tmp_path)))
+    assert command("submit", str(spec), "--set", "train.steps=-1") == 64
+    assert "train.steps" in capsys.readouterr().err
+    assert command("status", "job") == NotFound.exit_code
+    assert command("list") == 0 and backend.list() == []
+    assert capsys.readouterr().out.startswith("NAME")
