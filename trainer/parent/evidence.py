@@ -57,7 +57,7 @@ def write_termination_message(text: str, environment: Mapping[str, str]) -> None
 
 
 def write_bundle(log_file: Path | None, facts: Mapping[str, Any], *, tail: str, stacks: str, environment: Mapping[str, str]) -> Path | None:
-    """A JSON file beside the log, or in the temporary directory; None (and a line on stderr) where neither can be written."""
+    """A JSON file beside the log, else beside the termination message, else in the temporary directory; None where none can be written."""
     bundle = {
         **facts,
         "argv": sys.orig_argv,
@@ -66,8 +66,10 @@ def write_bundle(log_file: Path | None, facts: Mapping[str, Any], *, tail: str, 
         "last_lines": redact(tail, environment).splitlines(),
     }
     where = "-".join(re.sub(r"\D", "", environment.get(name, "")) or "0" for name in (ATTEMPT, JOB_INDEX, COMPLETION_INDEX))
-    temporary = Path(tempfile.gettempdir(), f"nnxlaunch-crash-{where}-{os.getpid()}.json")
-    for target in ([log_file.with_suffix(".crash.json")] if log_file else []) + [temporary]:
+    name = f"nnxlaunch-crash-{where}-{os.getpid()}.json"
+    targets = [log_file.with_suffix(".crash.json")] if log_file else []
+    targets += [Path(environment[TERMINATION_LOG]).with_name(name)] if environment.get(TERMINATION_LOG) else []
+    for target in [*targets, Path(tempfile.gettempdir(), name)]:
         try:
             descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with open(descriptor, "w") as file:

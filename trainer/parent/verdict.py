@@ -17,6 +17,7 @@ _SHARED_FATE: Final = re.compile(
     r"|(?:coordination service|Coordination service|JAX distributed).{0,300}(?:unhealthy|heartbeat|another task died|UNAVAILABLE)",
     re.DOTALL,
 )
+_SILENT: Final = re.compile(r"tasks are unhealthy \(stopped sending heartbeats\):\n([^\n]{1,200})")
 _ABORTS: Final = (signal.SIGABRT, signal.SIGSEGV)
 
 
@@ -54,11 +55,13 @@ def verdict(ending: Ending) -> Verdict:
     if ending.killed:
         return Verdict(code=143, cause="asked to leave; the grace ended before it could save")
     if ending.status >= 0:
-        words = f": {last_line(ending.tail)}" if ending.status and ending.tail.strip() else ""
-        return Verdict(code=ending.status, cause=MEANING.get(ending.status, "") + words)
+        words = last_line(ending.tail) if ending.status else ""
+        return Verdict(code=ending.status, cause=words or MEANING.get(ending.status, ""))
     number = -ending.status
     if number in _ABORTS and _SHARED_FATE.search(ending.tail):
-        return Verdict(code=Exit.PEER, cause=f"{MEANING[Exit.PEER]}: ended by JAX with {_name(number)}", survivor=True)
+        silent = _SILENT.search(ending.tail)
+        who = f"task {silent[1].strip()} stopped sending heartbeats" if silent else "a task died"
+        return Verdict(code=Exit.PEER, cause=f"{who}; JAX ended this process with {_name(number)}", survivor=True)
     if number == signal.SIGKILL:
         return Verdict(code=137, cause="killed: out of memory" if ending.out_of_memory else "killed with SIGKILL by someone else")
     return Verdict(code=128 + number, cause=f"ended by {_name(number)} during {ending.phase}")
