@@ -12,10 +12,7 @@ import pytest
 from jax.sharding import AxisType
 from safetensors.numpy import load_file, save_file
 
-from tests.trainer.configs import config as train_config
 from tests.trainer.model.models import ORACLE, abstract_params, load, random_params, small
-from trainer import export as export_command
-from trainer.checkpoint import Checkpoints
 from trainer.checkpoint.huggingface import export_huggingface, load_huggingface
 from trainer.checkpoint.huggingface_config import config_for_huggingface, differences, model_from_huggingface, segments_of
 from trainer.config.model import Block, Model
@@ -196,30 +193,6 @@ def test_layers_become_the_shortest_repeating_pattern_or_runs() -> None:
     assert spelled([a, b] * 3) == [(2, 3)]
     assert spelled([a, a, b] * 2 + [a, a]) == [(3, 2), (1, 2)]
     assert spelled([a, b, b, b]) == [(1, 1), (1, 3)]
-
-
-def test_a_run_exports_its_newest_checkpoint_with_tokenizer_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    start = tmp_path / "start"
-    start.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (start / name).write_bytes((ORACLE / "llama3" / name).read_bytes())
-    (start / "tokenizer.json").write_text("{}")
-    original = read_config(start)
-    model = model_from_huggingface(original).model_copy(update={"layers": "unroll"})
-    run = train_config(run_directory=str(tmp_path / "run"), model=model.model_dump(mode="json"), checkpoint={"start_from": str(start)})
-    assert export_command.main([run.run_directory, "--out", str(tmp_path / "none")]) == 64
-    checkpoints = Checkpoints(run.checkpoint, run.run_directory)
-    items = {"params": load(start, model), "opt": {"count": jax.numpy.zeros(())}, "rest": {"step": jax.numpy.zeros(())}}
-    checkpoints.save(3, items, {"config": run.model_dump(mode="json")})
-    checkpoints.close()
-    assert export_command.main([run.run_directory, "--out", str(tmp_path / "out")]) == 0
-    assert json.loads(capsys.readouterr().out)["step"] == 3
-    assert_same_tensors(tmp_path / "out", ORACLE / "llama3")
-    assert read_config(tmp_path / "out") == original
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
-    assert export_command.main([run.run_directory, "--out", str(tmp_path / "out")]) == 64
-    assert export_command.main([run.run_directory, "--out", str(tmp_path / "other"), "--step", "4"]) == 64
-    assert "committed steps: 3" in capsys.readouterr().err
 
 
 def test_a_folder_in_a_bucket_is_read_and_written_like_a_local_one(gcs: Any, tmp_path: Path) -> None:
