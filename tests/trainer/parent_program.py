@@ -1,0 +1,86 @@
+"""A child for the parent in `trainer.parent`, and the parent around it: `python -m tests.trainer.parent_program MODE [FILE]`.
+
+Standard library only, so that a test of the parent costs a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from trainer.parent import link
+
+PEER_DIED = (
+    "Terminating process because the JAX distributed service detected fatal errors. This most likely indicates that another task died"
+)
+
+
+def wait() -> None:
+    """For a signal without a handler; a signal with one does not end it."""
+    while True:
+        signal.pause()
+
+
+def child(mode: str, file: str) -> None:
+    link.attach()
+    match mode:
+        case "compiling":  # deaf, as in a long call into C++
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            print("started", flush=True)
+            wait()
+        case "training" | "forever":
+            asked: list[float] = []
+            signal.signal(signal.SIGTERM, lambda *_: asked.append(time.monotonic()))
+            link.tell(log_file=file, phase="training")
+            link.tell(step=41)
+            print("started", flush=True)
+            while mode == "forever" or not asked:
+                signal.pause()
+            link.tell(exit_code=75, message=f"asked at {asked[0]}")
+            os.abort()  # taking itself apart goes wrong
+        case "abort" | "peer":
+            print(PEER_DIED if mode == "peer" else "one of its own", file=sys.stderr, flush=True)
+            os.abort()
+        case "code":
+            print("last words", file=sys.stderr)
+            os._exit(int(file))
+        case "said":
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            link.tell(exit_code=int(file), message="announced")
+            print("started", flush=True)
+            wait()
+        case "log":
+            print("before the log file is known")
+            sys.stdout.flush()
+            link.tell(log_file=file)
+            print("after it is known")
+            print("on stderr", file=sys.stderr)
+            print(os.environ.get("HUB_TOKEN"), "https://user:pass@host/x")
+            sys.stdout.flush()
+            raise SystemExit(70)
+        case "orphan":
+            # Its parent ends at once, so it becomes a child of PID 1.
+            subprocess.run([sys.executable, "-S", "-c", "import os; os.fork() or os._exit(0)"], check=True)
+            Path(file).write_text("done")
+            wait()
+        case _:
+            raise ValueError(mode)
+
+
+def main(mode: str, file: str = "") -> None:
+    if "NNX_PARENT" in os.environ:
+        child(mode, file)
+        return
+    early: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
+    from trainer.parent.process import Parent
+
+    sys.exit(Parent([sys.executable, "-m", "tests.trainer.parent_program", mode, file]).run(early))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
