@@ -46,11 +46,10 @@ def command() -> list[str]:
 
 
 def pull_policy(image: Image) -> str:
-    """A tag of a registry can move, so every restart asks again; a digest, or a local name, cannot."""
+    """A tag of a registry can move, so every restart asks again; a digest, or a name without a registry, cannot."""
     if image.pull_policy is not None:
         return _PULL_POLICIES[image.pull_policy]
-    registry, slash, _ = image.reference.partition("/")
-    local = not slash or not ("." in registry or ":" in registry or registry == "localhost")
+    local = "/" not in image.reference
     return "IfNotPresent" if local or "@" in image.reference else "Always"
 
 
