@@ -44,8 +44,8 @@ def save_until_killed(directory: str, report: int) -> None:
         tell(committed=step - 1)
 
 
-def trial(directory: str, seconds: float) -> dict[str, Any]:
-    """Fork, kill after the first save has begun and `seconds` more; what the process told."""
+def trial(directory: str, saves: int, seconds: float) -> dict[str, Any]:
+    """Fork, kill after that many saves have begun and `seconds` more; what the process told."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -55,7 +55,7 @@ def trial(directory: str, seconds: float) -> dict[str, Any]:
             os._exit(1)
     os.close(writing)
     with open(reading, encoding="utf-8") as told:
-        lines = [told.readline(), told.readline()]
+        lines = [told.readline() for _ in range(1 + saves)]
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
         lines += told.readlines()
@@ -69,7 +69,7 @@ def main() -> None:
     directory, trials, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     moments = random.Random(seed)
     for _ in range(trials):
-        print(json.dumps(trial(directory, moments.uniform(0, KILLED_WITHIN_SECONDS))), flush=True)
+        print(json.dumps(trial(directory, moments.randint(1, 3), moments.uniform(0, KILLED_WITHIN_SECONDS))), flush=True)
 
 
 if __name__ == "__main__":
