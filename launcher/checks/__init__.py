@@ -47,7 +47,6 @@ LAYOUT_RULES: Final[tuple[Callable[[JobSpec, Layout], Iterator[Problem]], ...]] 
     names.pod_names_fit,
     names.coordinator_label_fits,
     accelerator.several_slices_need_several_hosts,
-    accelerator.pods_are_countable,
     accelerator.train_config_fits,
     accelerator.placement_fits,
     accelerator.super_slice_fits,
@@ -124,11 +123,16 @@ def _section(path: str) -> tuple[str, ...]:
 
 
 def _without(document: Any, places: set[str], here: str = "") -> Any:
-    """`document` without the parts at the dotted `places`."""
+    """`document` without the parts at the dotted `places`, and without plain text that stands for a node with such a part."""
+
+    def kept(place: str, value: Any) -> bool:
+        inside = not isinstance(value, dict | list) and any(other.startswith(f"{place}.") for other in places)
+        return place not in places and not inside
+
     if isinstance(document, dict):
         entries = [(key, f"{here}{key}", value) for key, value in cast("dict[str, Any]", document).items()]
-        return {key: _without(value, places, f"{place}.") for key, place, value in entries if place not in places}
+        return {key: _without(value, places, f"{place}.") for key, place, value in entries if kept(place, value)}
     if isinstance(document, list):
         listed = [(f"{here}{index}", value) for index, value in enumerate(cast("list[Any]", document))]
-        return [_without(value, places, f"{place}.") for place, value in listed if place not in places]
+        return [_without(value, places, f"{place}.") for place, value in listed if kept(place, value)]
     return document

@@ -11,8 +11,6 @@ from launcher.tpu import TpuError
 from trainer.config import Problem
 from trainer.config.checks import check_train
 
-INT32_MAX: Final = 2**31 - 1
-MAX_INDEXED_PARALLELISM: Final = 100_000
 SUPER_SLICE_CUBE: Final = 4
 SUPER_SLICE_MAX_NAME: Final = 28
 
@@ -39,14 +37,6 @@ def several_slices_need_several_hosts(spec: JobSpec, layout: Layout) -> Iterator
             value=layout.slices,
             limit=1,
         )
-
-
-def pods_are_countable(spec: JobSpec, layout: Layout) -> Iterator[Problem]:
-    """R x P fits 32 bits, and an Indexed Job has at most 100,000 pods."""
-    path = "tpu.slices" if spec.tpu else "cpu.hosts"
-    if layout.slices * layout.hosts_per_slice > INT32_MAX or layout.hosts_per_slice > MAX_INDEXED_PARALLELISM:
-        message = f"{layout.slices} slices x {layout.hosts_per_slice} hosts; at most {MAX_INDEXED_PARALLELISM:,} hosts a slice"
-        yield Problem(path=path, message=message, hint="use fewer hosts", code="parallelism", limit=MAX_INDEXED_PARALLELISM)
 
 
 def train_config_fits(spec: JobSpec, layout: Layout) -> Iterator[Problem]:

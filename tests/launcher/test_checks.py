@@ -1,0 +1,184 @@
+"""Every cross-field rule: a value it refuses, with path and code, and the nearest value it accepts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.checks import problems_of_document
+from trainer.config import Problem, apply_overrides
+
+TPU = yaml.safe_load("""
+name: run
+tpu: {type: v5e-16}
+image: registry.example.com/trainer:1
+directory: gs://bucket/runs
+train:
+  steps: 100
+  model: {preset: tiny}
+  batch: {global_batch: 32, sequence_length: 128}
+  mesh: {ici: {data: -1}}
+  schedule: {type: cosine, learning_rate: 1.0e-3, warmup_steps: 10}
+  data: {sources: [{type: synthetic}]}
+""")
+CPU = {**TPU, "cpu": {"hosts": 2, "devices_per_host": 4}}
+del CPU["tpu"]
+
+
+def found(document: dict[str, Any], *overrides: str, target: Any = "kubernetes") -> list[Problem]:
+    return problems_of_document(apply_overrides(copy.deepcopy(document), overrides), target=target)[1]
+
+
+def test_the_documents_of_this_file_have_no_problem() -> None:
+    assert found(TPU) == [] and found(CPU) == []
+
+
+RULES = [
+    # document, overrides refused, overrides accepted, path, code
+    (TPU, ["name=Run"], ["name=run-2"], "name", "name"),
+    (TPU, ["name=2run"], ["name=run2"], "name", "name"),
+    # Pods are called NAME-slice-0-3-abcde: 63 - 5 - 1 - 1 - 9 = 47.
+    (TPU, [f"name={'a' * 48}", "network.subdomain=n"], [f"name={'a' * 47}", "network.subdomain=n"], "name", "pod-name-length"),
+    # Two digits of hosts and of slices: 63 - 5 - 2 - 2 - 9 = 45.
+    (CPU, [f"name={'a' * 46}", "cpu={hosts: 11, slices: 11, devices_per_host: 1}", "train.batch.global_batch=121"],
+     [f"name={'a' * 45}", "cpu={hosts: 11, slices: 11, devices_per_host: 1}", "train.batch.global_batch=121"], "name", "pod-name-length"),
+    # Jobs are called NAME-slice-0: 63 - 5 - 1 - 2 = 55.
+    (TPU, [f"name={'a' * 56}"], [f"name={'a' * 46}"], "name", "job-name-length"),
+    # NAME-slice-0-0.SUBDOMAIN: 63 - 5 - 2 - 20 - 4 = 32.
+    (TPU, [f"name={'a' * 33}", f"network.subdomain={'s' * 20}"], [f"name={'a' * 32}", f"network.subdomain={'s' * 20}"],
+     "name", "coordinator-label-length"),
+    (TPU, ["network.subdomain=a.b"], ["network.subdomain=n"], "network.subdomain", "subdomain"),
+    (TPU, ["priority=High"], ["priority=high"], "priority", "object-name"),
+    (TPU, ["queue=a_b"], ["queue=a-b"], "queue.name", "object-name"),
+    (TPU, [f"queue={'q' * 64}"], [f"queue={'q' * 63}"], "queue.name", "object-name"),
+    (TPU, ["queue={name: q, priority: A}"], ["queue={name: q, priority: a}"], "queue.priority", "object-name"),
+    (TPU, ["service_account=a/b"], ["service_account=a.b"], "service_account", "object-name"),
+    (TPU, ["image={reference: a, pull_secrets: [A]}"], ["image={reference: a, pull_secrets: [a]}"], "image.pull_secrets.0", "object-name"),
+    (TPU, ["volumes=[{type: pvc, claim: A, mount_path: /d}]"], ["volumes=[{type: pvc, claim: a, mount_path: /d}]"],
+     "volumes.0.claim", "object-name"),
+    (TPU, ["volumes=[{type: gcs, bucket: 'gs://b', mount_path: /d}]"], ["volumes=[{type: gcs, bucket: bkt, mount_path: /d}]"],
+     "volumes.0.bucket", "bucket"),
+    (TPU, ["capacity={type: reservation, name: a/b}"], ["capacity={type: reservation, name: a-b}"], "capacity.name", "label-value"),
+    (TPU, ["labels={k: 'a b'}"], ["labels={k: a.b}"], "labels.k", "label-value"),
+    (TPU, [f"labels={{k: {'v' * 64}}}"], [f"labels={{k: {'v' * 63}}}"], "labels.k", "label-value"),
+    (TPU, ["labels={'a b': v}"], ["labels={example.com/a-b: v}"], "labels.a b", "label-key"),
+    (TPU, ["labels={app.kubernetes.io/managed-by: me}"], ["labels={app.kubernetes.io/name: me}"],
+     "labels.app.kubernetes.io/managed-by", "own-key"),
+    (TPU, ["annotations={a//b: v}"], ["annotations={a/b: v}"], "annotations.a//b", "label-key"),
+    (TPU, [f"annotations={{k: {'v' * 262_144}}}"], [f"annotations={{k: {'v' * 262_143}}}"], "annotations", "annotations-size"),
+    (TPU, ["tpu.type=v5p-120"], ["tpu.type=v5p-64"], "tpu.type", "tpu-size"),
+    (TPU, ["tpu={type: v6e-8}", "train.mesh.ici.data=8"], ["tpu={type: v6e-8, machine: ct6e-standard-8t}", "train.mesh.ici.data=8"],
+     "tpu.type", "tpu-ambiguous"),
+    (TPU, ["tpu={type: null, accelerator: v5p, topology: 4x4x640}"], ["tpu={type: null, accelerator: v5p, topology: 2x2x4}"],
+     "tpu.topology", "tpu-topology"),
+    (TPU, ["tpu={type: v5e-4, slices: 2}"], ["tpu={type: v5e-4}"], "tpu.slices", "multislice-single-host"),
+    (TPU, ["capacity=dws"], ["capacity=dws", "queue=q"], "queue", "dws-queue"),
+    (TPU, ["placement=tas"], ["placement=tas", "queue=q"], "queue", "tas-queue"),
+    (CPU, ["placement=tas", "queue=q"], ["placement={type: tas, level: kubernetes.io/hostname}", "queue=q"],
+     "placement.level", "tas-level"),
+    (TPU, ["placement={type: tas, level: 'a b'}", "queue=q"], ["placement={type: tas, level: a/b}", "queue=q"],
+     "placement.level", "label-key"),
+    (TPU, ["placement={type: exclusive, topology_key: ''}"], ["placement=exclusive"], "placement.topology_key", "placement-key"),
+    (TPU, ["placement=super_slice", "queue=q"], ["tpu.type=tpu7x-128", "train.batch.global_batch=128", "placement=super_slice", "queue=q"],
+     "placement", "super-slice-family"),
+    (TPU, ["tpu.type=tpu7x-64", "train.batch.global_batch=64", "placement=super_slice", "queue=q"],
+     ["tpu.type=tpu7x-128", "train.batch.global_batch=128", "placement=super_slice", "queue=q"], "tpu", "super-slice-topology"),
+    (TPU, ["tpu.type=tpu7x-128", "train.batch.global_batch=128", "placement=super_slice", "queue=q", f"name={'a' * 29}"],
+     ["tpu.type=tpu7x-128", "train.batch.global_batch=128", "placement=super_slice", "queue=q", f"name={'a' * 28}"],
+     "name", "super-slice-name"),
+    (TPU, ["network.host_network=true"], ["network.host_network=true", "security=privileged"], "network.host_network", "host-network"),
+    (TPU, ["network.host_network=true", "security=root_no_caps"], ["security=root_no_caps"], "network.host_network", "host-network"),
+    (CPU, ["network.host_network=true", "security=privileged"], ["security=privileged"], "network.host_network", "host-network-ports"),
+    (TPU, ["network.coordinator_port=8471"], ["network.coordinator_port=8470"], "network.coordinator_port", "port"),
+    (TPU, ["capacity=spot", "grace_seconds=31"], ["capacity=spot", "grace_seconds=30"], "grace_seconds", "grace-spot"),
+    (TPU, ["grace_seconds=14"], ["grace_seconds=15"], "grace_seconds", "grace-short"),
+    (TPU, ["jobset_version='0.9'"], ["jobset_version='0.9'", "failure.mode=strict"], "jobset_version", "jobset-version"),
+    (TPU, ["jobset_version='0.6'", "failure.mode=simple"], ["jobset_version='0.7'", "failure.mode=simple"],
+     "jobset_version", "jobset-version"),
+    (TPU, ["env={a-b: x}"], ["env={a_b: x}"], "env.a-b", "env-name"),
+    (TPU, ["env={NNX_JOB_INDEX: '0'}"], ["env={MY_JOB_INDEX: '0'}"], "env.NNX_JOB_INDEX", "env-reserved"),
+    (TPU, ["env={MEGASCALE_SLICE_ID: '0'}"], ["env={XLA_FLAGS: '0'}"], "env.MEGASCALE_SLICE_ID", "env-reserved"),
+    (TPU, ["env={HF_TOKEN: x}"], ["env={HF_TOKEN: {secretKeyRef: {name: a, key: b}}}"], "env.HF_TOKEN", "secret"),
+    (TPU, ["env={TOKENIZERS_TOKEN: x}"], ["env={TOKENIZERS_PARALLELISM: 'false'}"], "env.TOKENIZERS_TOKEN", "secret"),
+    (TPU, ["env={DB: 'postgres://me:hunter2@db/x'}"], ["env={DB: 'postgres://db/x'}"], "env.DB", "secret"),
+    (TPU, ["env={A: q8Zr3Lm0Xw7Tb5Yc9Vd2Nf4K}"], ["env={A: --xla_tpu_scoped_vmem_limit_kib=98304}"], "env.A", "secret"),
+    (TPU, ["env={A: 0f1e2d3c4b5a69788796a5b4c3d2e1f0}"], ["env={A_COMMIT: 0f1e2d3c4b5a69788796a5b4c3d2e1f0}"], "env.A", "secret"),
+    (TPU, ["env={GOOGLE_APPLICATION_CREDENTIALS: /k}"], [], "env.GOOGLE_APPLICATION_CREDENTIALS", "key-file"),
+    (TPU, ["env={A: {secretKeyRef: {name: a, key: 'a b'}}}"], ["env={A: {secretKeyRef: {name: a, key: a.b}}}"],
+     "env.A.secretKeyRef.key", "secret-key"),
+    (TPU, ["annotations={note: 'AKIAABCDEFGHIJKLMNOP'}"], ["annotations={note: 'AKIA'}"], "annotations.note", "secret"),
+    (TPU, ["volumes=[{type: memory, size_gib: 1, mount_path: x}]"], ["volumes=[{type: memory, size_gib: 1, mount_path: /x}]"],
+     "volumes.0.mount_path", "mount-path"),
+    (TPU, ["volumes=[{type: memory, size_gib: 1, mount_path: /a/../b}]"], [], "volumes.0.mount_path", "mount-path"),
+    (TPU, ["volumes=[{type: memory, size_gib: 1, mount_path: /dev/shm/}]"], [], "volumes.0.mount_path", "mount-twice"),
+    (TPU, ["image=A:1"], ["image=a:1"], "image.reference", "image"),
+    (TPU, ["image='a:1; rm -rf /'"], ["image='r.example.com:5000/a/b:1.2-x'"], "image.reference", "image"),
+    (TPU, ["image=null"], [], "image", "image-needed"),
+    (TPU, ["directory=gs://b/../c"], ["directory=gs://bkt/c"], "directory", "path"),
+    (TPU, ["directory=gs://UPPER/c"], ["directory=gs://lower/c"], "directory", "path"),
+    (TPU, ["directory=https://bucket/c"], [], "directory", "path"),
+    (TPU, ["train.run_directory=gs://bucket/other"], ["train.run_directory=gs://bucket/runs/run"], "train.run_directory", "run-directory"),
+    (TPU, ["directory=/data"], ["directory=/data", "volumes=[{type: pvc, claim: c, mount_path: /data}]"], "directory", "path-not-mounted"),
+    (TPU, ["directory=/data", "volumes=[{type: memory, size_gib: 1, mount_path: /data}]"],
+     ["directory=/data", "volumes=[{type: gcs, bucket: bkt, mount_path: /data}]"], "directory", "path-not-kept"),
+    (TPU, ["directory=/data", "volumes=[{type: pvc, claim: c, mount_path: /data, read_only: true}]"], [], "directory", "path-read-only"),
+    (TPU, ["train.data.cache_directory=/cache"], ["train.data.cache_directory=gs://bucket/cache"],
+     "train.data.cache_directory", "path-not-mounted"),
+    # The trainer's own rules, seen from the spec.
+    (TPU, ["train.mesh.ici={data: 3}"], ["train.mesh.ici={data: 16}"], "train.mesh.ici", "mesh"),
+    (TPU, ["train.mesh.dcn={data: 2}"], ["train.mesh.dcn={data: 1}"], "train.mesh.dcn", "mesh"),
+    (TPU, ["train.batch.global_batch=40"], ["train.batch.global_batch=48"], "train.batch.global_batch", "batch-shards"),
+    (TPU, ["train.batch.accumulation=4"], ["train.batch.accumulation=2"], "train.batch.global_batch", "batch-shards"),
+    (TPU, ["train.eval={every_steps: 5, global_batch: 8}"], ["train.eval={every_steps: 5, global_batch: 16}"],
+     "train.eval.global_batch", "batch-shards"),
+    (TPU, ["train.mesh.ici={data: 1, tensor: 16}"], ["train.mesh.ici={data: 4, tensor: 4}"],
+     "train.model.segments.0.pattern.0.attention.heads", "model-shards"),
+    (TPU, ["train.model.width=200", "train.mesh.ici={fsdp: 16}"], ["train.mesh.ici={fsdp: 16}"], "train.model.width", "model-shards"),
+    (TPU, ["train.schedule.warmup_steps=101"], ["train.schedule.warmup_steps=100"], "train.schedule.warmup_steps", "schedule"),
+    (TPU, ["train.schedule.decay_until_step=10"], ["train.schedule.decay_until_step=11"], "train.schedule.decay_until_step", "schedule"),
+    (TPU, ["train.eval={every_steps: 101}"], ["train.eval={every_steps: 100}"], "train.eval.every_steps", "never"),
+    (TPU, ["train.checkpoint={every_steps: 10, keep_every_steps: 15}"], ["train.checkpoint={every_steps: 10, keep_every_steps: 20}"],
+     "train.checkpoint.keep_every_steps", "never"),
+    (TPU, ["train.profiler={first_step: 1, last_step: 100}"], ["train.profiler={first_step: 1, last_step: 99}"],
+     "train.profiler.last_step", "never"),
+    (TPU, ["train.profiler={first_step: 1, last_step: 2, processes: [4]}"],
+     ["train.profiler={first_step: 1, last_step: 2, processes: [3]}"], "train.profiler.processes.0", "never"),
+    (TPU, ["train.model.vocab_size=256", "train.data.sources=[{type: text, paths: ['gs://bkt/a']}]"],
+     ["train.model.vocab_size=258", "train.data.sources=[{type: text, paths: ['gs://bkt/a']}]"], "train.model.vocab_size", "vocabulary"),
+    (TPU, ["train.data.sources=[{type: text, paths: [\"gs://bkt/a\\tb\"]}]"], [], "train.data.sources.0.paths.0", "path"),
+    (TPU, ["train.compile_cache=gs://bucket//x"], ["train.compile_cache=gs://bucket/x"], "train.compile_cache", "path"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("document", "refused", "accepted", "path", "code"), RULES, ids=[f"{code}-{i}" for i, (*_, code) in enumerate(RULES)]
+)
+def test_a_rule_refuses_what_breaks_it_and_accepts_what_does_not(
+    document: dict[str, Any], refused: list[str], accepted: list[str], path: str, code: str
+) -> None:
+    problems = found(document, *refused)
+    assert (path, code) in [(problem.path, problem.code) for problem in problems], problems
+    (problem,) = [problem for problem in problems if (problem.path, problem.code) == (path, code)]
+    assert problem.message and problem.hint
+    if accepted:
+        assert found(document, *accepted) == []
+
+
+def test_all_problems_are_reported_in_one_run_those_of_form_and_those_across_fields() -> None:
+    problems = found(TPU, "nmae=x", "grace_seconds=3", "train.mesh.ici={data: 5}", "env={A_TOKEN: x}", "train.stpes=4", "capacity=spott")
+    assert {problem.path for problem in problems} >= {
+        "nmae", "grace_seconds", "train.mesh.ici", "env.A_TOKEN", "train.stpes", "capacity.type",
+    }  # fmt: skip
+
+
+def test_a_cpu_job_may_keep_its_files_on_this_machine_but_not_on_a_cluster() -> None:
+    assert found(CPU, "directory=runs", target=None) == []
+    assert [problem.code for problem in found(CPU, "directory=runs")] == ["path-not-mounted"]
+
+
+def test_a_name_that_is_not_one_comes_with_one_that_is() -> None:
+    (problem,) = [problem for problem in found(TPU, "name=My Run_3") if problem.code == "name"]
+    assert "my-run-3" in problem.hint
