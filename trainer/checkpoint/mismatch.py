@@ -22,15 +22,17 @@ FREE: Final[dict[str, str]] = {
     "profiler": "reporting only",
     "compile_cache": "speed only",
     "distributed": "timeouts only",
-    "data.sources": "the data's fingerprint decides: the same rows may lie elsewhere",
+    "data.sources.*.paths": "the data's fingerprint decides: the same text may lie elsewhere",
+    "data.sources.*.max_bytes": "the data's fingerprint decides",
     "data.tokenizer": "the tokenizer's fingerprint decides",
-    "data.held_out": "the data's fingerprint decides",
     "data.cache_directory": "where the rows lie, not what they are",
     "data.prefetch_batches": "speed only",
 }
 """Config paths, with everything below them, that may differ between a checkpoint and the run that continues it."""
 
 FINGERPRINTS: Final = ("data", "tokenizer")
+PACKING_VERSIONS: Final = ("version", "order")
+"""What the code, not the config, adds to the content of batch n."""
 _ABSENT: Final = "(absent)"
 
 
@@ -38,8 +40,8 @@ def compare_meta(saved_meta: Mapping[str, Any], present_meta: Mapping[str, Any],
     """Raises ResumeMismatch naming every difference that is neither free nor allowed.
 
     Both are `meta` dicts as saved with a step: `config` (a TrainConfig as plain data), `fingerprints` (`data`,
-    `tokenizer`) and, in the saved one, `step`. `allow_mismatch` holds dotted config paths (each covers what is below
-    it) or fingerprint names.
+    `tokenizer`), `data` (`Data.state`) and, in the saved one, `step`. `allow_mismatch` holds dotted config paths
+    (each covers what is below it, `*` is any one part), `data`, `tokenizer` or `packing`.
     """
     allowed = sorted(set(allow_mismatch))
     found = [(path, saved, now) for path, saved, now in _differences(saved_meta, present_meta) if not _covered(path, allowed)]
@@ -70,6 +72,14 @@ def _differences(saved_meta: Mapping[str, Any], present_meta: Mapping[str, Any])
         after = present_meta.get("fingerprints", {}).get(name, _ABSENT)
         if before != after:
             yield name, before, after
+    before, after = _packing(saved_meta), _packing(present_meta)
+    for name in PACKING_VERSIONS:
+        if before.get(name) != after.get(name):
+            yield f"packing.{name}", before.get(name, _ABSENT), after.get(name, _ABSENT)
+
+
+def _packing(meta: Mapping[str, Any]) -> Mapping[str, Any]:
+    return meta.get("data", {}).get("identity", {}).get("packing", {})
 
 
 def _complete(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -105,5 +115,10 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, node
 
 
-def _covered(path: str, prefixes: Iterable[str]) -> bool:
-    return any(path == prefix or path.startswith(f"{prefix}.") for prefix in prefixes)
+def _covered(path: str, patterns: Iterable[str]) -> bool:
+    parts = path.split(".")
+    return any(_begins(parts, pattern.split(".")) for pattern in patterns)
+
+
+def _begins(parts: list[str], pattern: list[str]) -> bool:
+    return len(parts) >= len(pattern) and all(wanted in ("*", part) for wanted, part in zip(pattern, parts, strict=False))
