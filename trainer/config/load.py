@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -145,9 +145,9 @@ def _problem(model: type[BaseModel], detail: Any, *, show: bool) -> Problem:
     elif kind in ("union_tag_not_found", "union_tag_invalid"):
         location = (*location, context["discriminator"].strip("'"))
         choices = [tag.strip("' ") for tag in context.get("expected_tags", "").split(",") if tag] or _tags(expected)
-        given = context.get("tag")
-        close = near_miss(given, choices) if given else None
-        message = f"unknown kind {_short(given)}" if given else "is required"
+        given = cast("dict[str, Any]", value).get(location[-1]) if isinstance(value, dict) else None
+        close = near_miss(given, choices) if isinstance(given, str) else None
+        message = "is required" if given is None else f"unknown kind {_short(given)}"
         hint = f"did you mean {close!r}?" if close else f"one of: {', '.join(choices)}"
     elif kind in ("model_type", "model_attributes_type", "dict_type"):
         known = known_keys(expected)
