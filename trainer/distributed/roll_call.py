@@ -9,6 +9,7 @@ until this one is gone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import selectors
 import socket
@@ -71,7 +72,7 @@ class _Host:
         self.selector = selectors.DefaultSelector()
 
     def hold(self, bind_host: str) -> None:
-        with self.selector, self._listen(bind_host) as listener:
+        with self.selector, self._listen(bind_host) as listener, contextlib.closing(self):
             listener.setblocking(False)
             self.selector.register(listener, selectors.EVENT_READ)
             report_at = time.monotonic() + REPORT_SECONDS
@@ -91,11 +92,14 @@ class _Host:
             # They close first, so that JAX can bind the port at once.
             for guest in self.guests.values():
                 guest.connection.settimeout(CONNECT_SECONDS)
-                try:
+                with contextlib.suppress(OSError):
                     guest.connection.recv(1)
-                except OSError:
-                    pass
-                guest.connection.close()
+
+    def close(self) -> None:
+        """Every connection, whoever is at its other end."""
+        for key in list(self.selector.get_map().values()):
+            if isinstance(key.data, _Guest):
+                key.data.connection.close()
 
     def _listen(self, bind_host: str) -> socket.socket:
         family = socket.AF_INET6 if ":" in bind_host else socket.AF_INET

@@ -1,0 +1,126 @@
+"""`python -m trainer` where it ends before JAX is imported, the account of attempts, and lost peers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.attempts import Attempt, record_attempt, without_progress
+from trainer.checkpoint.commit import COMMIT_FILE, Commit, encode
+from trainer.contract import ATTEMPT, ATTEMPTS_FILE, CHECKPOINT_FOLDER, DEVICES_PER_HOST, TERMINATION_LOG
+from trainer.distributed import lost_peer
+from trainer.errors import NoProgress
+from trainer.worker import prepare_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def commit(run: Path, step: int) -> None:
+    """A committed, empty step."""
+    folder = run / CHECKPOINT_FOLDER / str(step)
+    folder.mkdir(parents=True)
+    (folder / COMMIT_FILE).write_bytes(encode(Commit(step, {})))
+
+
+def train(tmp_path: Path, config: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "train.yaml").write_text(config)
+    return subprocess.run(
+        [sys.executable, "-m", "trainer", "--config", str(tmp_path / "train.yaml"), *words],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, TERMINATION_LOG: str(tmp_path / "termination-log"), **environment},
+    )  # fmt: skip
+
+
+def test_a_bad_config_prints_every_problem_and_exits_64(tmp_path: Path) -> None:
+    ended = train(tmp_path, "steps: 0\nmodel: {preset: tinny}\nsede: 1\n")
+    assert ended.returncode == 64
+    for words in ("error: steps:", "'tinny'", "did you mean 'seed'?", "error: schedule: is required", "error: data: is required"):
+        assert words in ended.stderr
+    assert (tmp_path / "termination-log").read_text().startswith(("run_directory: is required", "steps:"))
+    assert "Traceback" not in ended.stderr
+
+
+def test_three_attempts_without_progress_end_the_next_one_before_jax_is_imported(tmp_path: Path) -> None:
+    config = (
+        f"{{run_directory: {tmp_path}/run, steps: 3, model: {{preset: tiny}}, batch: {{global_batch: 8, sequence_length: 64}},"
+        "schedule: {type: constant, learning_rate: 0.001}, data: {sources: [{type: synthetic}]}}"
+    )
+    run = tmp_path / "run"
+    for attempt in range(3):
+        record_attempt(str(run), attempt)
+    ended = train(tmp_path, config, **{ATTEMPT: "3", "JAX_PLATFORMS": "there is no such platform"})
+    assert ended.returncode == 70
+    message = (tmp_path / "termination-log").read_text()
+    assert message == "the last 3 attempts started before the first checkpoint and none saved a newer one"
+    assert f"error: {message}\nhint: " in (run / "logs/attempt-3.slice-0.worker-0.log").read_text()
+
+
+def test_progress_restarts_the_count_and_attempt_zero_the_account(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    assert [record_attempt(run, attempt).committed_step for attempt in range(3)] == [None] * 3
+    commit(tmp_path, 10)
+    assert [record_attempt(run, attempt).committed_step for attempt in (3, 4, 5)] == [10] * 3
+    with pytest.raises(NoProgress, match="at checkpoint 10") as refused:
+        record_attempt(run, 6)
+    assert refused.value.exit_code == 70
+    assert record_attempt(run, 0).committed_step == 10
+    assert record_attempt(run, 1).committed_step == 10
+
+
+def test_an_attempt_started_twice_counts_once(tmp_path: Path) -> None:
+    for attempt in (0, 1, 1, 1, 1, 2):
+        record_attempt(str(tmp_path), attempt)
+    assert [entry["attempt"] for entry in json.loads((tmp_path / ATTEMPTS_FILE).read_text())["attempts"]] == [0, 1, 2]
+
+
+def test_a_torn_account_begins_anew(tmp_path: Path) -> None:
+    record_attempt(str(tmp_path), 0)
+    (tmp_path / ATTEMPTS_FILE).write_text('{"attempts": [{"attempt"')
+    assert record_attempt(str(tmp_path), 1) == Attempt(1, None, record_attempt(str(tmp_path), 1).started_at)
+
+
+def test_only_the_latest_attempts_at_the_same_step_count() -> None:
+    account = [Attempt(index, step, "") for index, step in enumerate((None, None, 5, 5, None))]
+    assert without_progress(account, None) == 1 and without_progress(account[:4], 5) == 2 and without_progress([], None) == 0
+
+
+def test_the_cpu_target_makes_up_its_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES"):
+        monkeypatch.setenv(name, "before")
+    monkeypatch.delenv(DEVICES_PER_HOST, raising=False)
+    prepare_environment()
+    assert os.environ["JAX_PLATFORMS"] == "before"
+    monkeypatch.setenv(DEVICES_PER_HOST, "4")
+    prepare_environment()
+    assert (os.environ["JAX_PLATFORMS"], os.environ["JAX_NUM_CPU_DEVICES"]) == ("cpu", "4")
+
+
+class JaxRuntimeError(Exception):
+    """Known by its name, as JAX's own class is: this test imports no JAX."""
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (JaxRuntimeError("INTERNAL: Gloo all-reduce failed: [external/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
+        (JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses"), True),
+        (JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out. Id: init"), True),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 100 bytes"), False),
+        (JaxRuntimeError("INVALID_ARGUMENT: shapes differ"), False),
+        (ConnectionResetError(), True),
+        (TimeoutError(), True),
+        (ValueError("connection closed by peer"), False),
+        (KeyError("x"), False),
+    ],
+)
+def test_the_loss_of_a_peer_is_told_from_an_error_of_our_own(error: Exception, expected: bool) -> None:
+    assert lost_peer(error) is expected
+    try:
+        raise RuntimeError("while saving") from error
+    except RuntimeError as wrapped:
+        assert lost_peer(wrapped) is expected
