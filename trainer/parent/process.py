@@ -23,8 +23,6 @@ from trainer.parent.evidence import TAIL_BYTES, container_memory_kills, redact, 
 from trainer.parent.link import STACKS_SIGNAL, VARIABLE
 from trainer.parent.verdict import Ending, Killed, Verdict, verdict
 
-PROGRAMS: Final = {"smoke": "trainer.smoke"}
-"""First words that start another program of the image than the training worker."""
 TEARDOWN_SECONDS: Final = 90
 """From the announced exit code to the end of the child: a meeting of all processes, with a limit of 60 s, lies between."""
 STACKS_SECONDS: Final = 0.5
@@ -33,10 +31,8 @@ EARLY_BYTES: Final = 1 << 20
 
 
 def main(arguments: Sequence[str], early_signals: Sequence[int] = ()) -> int:
-    module, rest = "trainer.worker", list(arguments)
-    if rest and rest[0] in PROGRAMS:
-        module = PROGRAMS[rest.pop(0)]
-    return Parent([sys.executable, "-m", module, *rest]).run(early_signals)
+    """Train under a parent; `arguments` are the worker's."""
+    return Parent([sys.executable, "-m", "trainer.worker", *arguments]).run(early_signals)
 
 
 class Parent:
@@ -330,4 +326,6 @@ def _stacks_file() -> BufferedRandom:
     try:
         return tempfile.TemporaryFile()
     except OSError:
+        if sys.platform != "linux":
+            raise
         return open(os.memfd_create("stacks"), "w+b")
