@@ -15,7 +15,7 @@ from flax import nnx
 
 from trainer.config.model import Attention as AttentionSpec
 from trainer.config.model import Block, Rope
-from trainer.model.layers import Params, RmsNorm, add_bias, rope_table, rotate, select, under
+from trainer.model.layers import Params, RmsNorm, add_bias, einsum_float32, rope_table, rotate, select, under
 from trainer.parallel.sharding import constrain
 
 # Finite, so that a row can never be all -inf; far below any score in float32.
@@ -63,7 +63,7 @@ def attend(query_BTNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, ma
     K = key_BSKH.shape[2]
     query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H)
     # Keys and values as the first operand: XLA on CPU then writes no transposed copy of the scores in the backward pass.
-    scores_BKGTS = jnp.einsum("BSKH,BTKGH->BKGTS", key_BSKH, query_BTKGH, preferred_element_type=jnp.float32)
+    scores_BKGTS = einsum_float32("BSKH,BTKGH->BKGTS", key_BSKH, query_BTKGH)
     if soft_cap is not None:
         scores_BKGTS = soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)

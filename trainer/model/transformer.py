@@ -16,7 +16,7 @@ from trainer.config.model import Block as BlockSpec
 from trainer.config.model import Model, Segment
 from trainer.config.weights import join_repeat, weights
 from trainer.model.attention import Attention, Context, make_context
-from trainer.model.layers import Mlp, Params, RmsNorm, lookup, select, under
+from trainer.model.layers import Mlp, Params, RmsNorm, einsum_float32, lookup, select, under
 from trainer.parallel.sharding import constrain
 
 HIDDEN_AXES: Final = ("batch", "length", "act_embed")
@@ -130,7 +130,7 @@ class Transformer(nnx.Module):
         kernel, subscripts = (self.embed["table"], "ND,VD->NV") if self.spec.tie_embeddings else (self.head["kernel"], "ND,DV->NV")
         with jax.default_matmul_precision(self.spec.matmul_precision):
             weights = constrain(kernel[...].astype(x_ND.dtype), kernel.axes)
-            logits_NV = jnp.einsum(subscripts, x_ND, weights, preferred_element_type=jnp.float32)
+            logits_NV = einsum_float32(subscripts, x_ND, weights)
         logits_BTV = logits_NV.reshape(*x_BTD.shape[:2], self.spec.vocab_size)
         if self.spec.head_soft_cap is not None:
             logits_BTV = self.spec.head_soft_cap * jnp.tanh(logits_BTV / self.spec.head_soft_cap)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,11 +12,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.trainer.model.models import BLOCK, mean_loss, random_params, small
+from tests.trainer.configs import config, layout, put, ragged_batch
+from tests.trainer.model.models import BLOCK, abstract_params, mean_loss, random_params, small
 from trainer.config.model import Model
 from trainer.config.presets import preset_names
 from trainer.config.weights import join_repeat, parameter_count, split_repeat, weights
 from trainer.model import create_abstract_model
+from trainer.parallel.sharding import use_layout
 
 BIASED = {
     "attention": {**BLOCK["attention"], "qkv_bias": True, "output_bias": True, "qk_norm": {}, "window": 4},
@@ -74,6 +78,26 @@ def test_bfloat16_compute_keeps_float32_parameters_gradients_and_logits(scanned:
     for path, gradient in gradients.items():
         error = np.linalg.norm(found[path] - gradient) / np.linalg.norm(gradient)
         assert error < 0.1, f"{path}: {error}"
+
+
+def test_a_sharded_kernel_is_gathered_in_compute_dtype_and_one_layer_at_a_time(tmp_path: Path) -> None:
+    run = config("model.compute_dtype=bfloat16", "mesh.ici.fsdp=8")
+    where = layout(run)
+    batch = put(ragged_batch(0), where)
+
+    def loss(params: dict[str, jax.Array]) -> jax.Array:
+        with use_layout(where):
+            return mean_loss(run.model, params, batch)[0]
+
+    params = abstract_params(run.model, lambda weight: where.sharding(weight.axes, weight.shape))
+    # As partitioned: the CPU's own passes turn bfloat16 into float32 later.
+    dump = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd-partitioning"}
+    jax.jit(jax.grad(loss)).lower(params).compile(compiler_options=dump)
+    (program,) = (file.read_text() for file in tmp_path.glob("*after_spmd-partitioning*"))
+    gathered = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather\(", program)
+    kernels = {",".join(map(str, weight.layer_shape)) for weight in weights(run.model) if weight.inputs and weight.path != "embed/table"}
+    found = {(dtype, shape) for dtype, shape in gathered if dtype != "s32"}
+    assert found == {("bf16", shape) for shape in kernels}
 
 
 @pytest.mark.parametrize("layers", ["scan", "unroll"])
