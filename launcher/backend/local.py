@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -30,6 +31,8 @@ PATIENCE_SECONDS: Final = 15.0
 
 class LocalBackend:
     def __init__(self, *, namespace: str = "default") -> None:
+        if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", namespace):
+            raise Unavailable(f"{namespace[:80]!r} is not the name of a namespace", hint="lower-case letters, digits and dashes")
         self.namespace = namespace
         self._root = state_root() / namespace
 
