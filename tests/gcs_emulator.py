@@ -49,9 +49,9 @@ class Gcs:
 
 
 @contextmanager
-def gcs_emulator() -> Iterator[Gcs]:
-    """Run the server in a process of its own; it ends with the block, and by itself when this process dies."""
-    process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def gcs_emulator(address: str = "127.0.0.1") -> Iterator[Gcs]:
+    """Run the server in a process of its own, on `address`; it ends with the block, and by itself when this process dies."""
+    process = subprocess.Popen([sys.executable, __file__, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None
     try:
         endpoint = process.stdout.readline().strip()
@@ -441,13 +441,13 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.store = Store(f"http://127.0.0.1:{self.server_port}")
+    def __init__(self, address: str) -> None:
+        super().__init__((address, 0), Handler)
+        self.store = Store(f"http://{address}:{self.server_port}")
 
 
 def main() -> None:
-    server = Server()
+    server = Server(sys.argv[1])
     print(server.store.endpoint, flush=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     while os.read(0, 4096):  # the parent's end of standard input closes when it leaves the block, or dies
