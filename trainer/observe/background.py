@@ -32,11 +32,12 @@ class Writer(Protocol):
 class Background:
     """Hands records to a writer in order. When the queue is full a record is dropped and counted."""
 
-    def __init__(self, name: str, make: Callable[[], Writer], *, capacity: int = CAPACITY) -> None:
+    def __init__(self, name: str, make: Callable[[], Writer], *, capacity: int = CAPACITY, retry_seconds: float = RETRY_SECONDS) -> None:
         self.dropped = 0
         self.failed = 0
         self._name = name
         self._make = make
+        self._retry_seconds = retry_seconds
         self._queue: queue.Queue[Record | None] = queue.Queue(capacity)
         self._closing = threading.Event()
         self._complained_at = -COMPLAINT_SECONDS
@@ -86,7 +87,7 @@ class Background:
         """The writer, tried until it can be made; records wait in the queue meanwhile. None when closed before that."""
         made: list[Writer] = []
         while not self._try(lambda: made.append(self._make())):
-            if self._closing.wait(RETRY_SECONDS):
+            if self._closing.wait(self._retry_seconds):
                 return None
         return made[0]
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from trainer.checkpoint.storage import open_storage
+from trainer.contract import METRICS_FILE
 from trainer.observe.background import Record
 from trainer.observe.log import open_log
 
-STEM: Final = "metrics"
-SUFFIX: Final = ".jsonl"
+STEM, _, _EXTENSION = METRICS_FILE.partition(".")
+SUFFIX: Final = f".{_EXTENSION}"
 
 
 class JsonLines:
@@ -48,7 +49,7 @@ def next_attempt(directory: str) -> int:
     if directory.startswith("gs://"):
         found = [int(match[1]) for name in open_storage(directory).files() if (match := _OBJECT.fullmatch(name))]
         return max(found, default=-1) + 1
-    path = Path(directory, STEM + SUFFIX)
+    path = Path(directory, METRICS_FILE)
     if not path.exists():
         return 0
     with open(path, "rb") as file:
@@ -57,7 +58,7 @@ def next_attempt(directory: str) -> int:
 
 def torn(directory: str) -> bool:
     """Whether the local file ends in the middle of a line."""
-    path = Path(directory, STEM + SUFFIX)
+    path = Path(directory, METRICS_FILE)
     if directory.startswith("gs://") or not path.exists() or not path.stat().st_size:
         return False
     with open(path, "rb") as file:
@@ -66,7 +67,7 @@ def torn(directory: str) -> bool:
 
 
 _HEADER: Final = re.compile(rb'\{"kind": "header", "attempt": (\d+),')
-_OBJECT: Final = re.compile(rf"{STEM}-(\d+)-\d+\{SUFFIX}")
+_OBJECT: Final = re.compile(rf"{STEM}-(\d+)-\d+{re.escape(SUFFIX)}")
 
 
 def plain(value: Any) -> Any:

@@ -36,7 +36,7 @@ class StepClock:
     def finished(self, now: float) -> float | None:
         """Seconds of the step that was seen to end at `now`; None where that would not be its own time."""
         last, self._last = self._last, now
-        if last is None:
+        if last is None or now <= last:
             return None
         self._recent.append(now - last)
         return now - last

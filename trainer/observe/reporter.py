@@ -105,11 +105,14 @@ class Reporter:
         self._writers = []
 
     def _log_step(self, step: int, values: dict[str, float], now: float) -> None:
+        if self._evaluated_after(step):
+            self._steps.interrupt()  # its end was seen only after the evaluation had been fed
         seconds = self._steps.finished(now)
         record: dict[str, Any] = {"kind": "step", "step": step, "done": step + 1, **values}
         if self._first:
             self._first = False
-            record["first_step_seconds"] = now - self._started  # compilation and all
+            # Compilation and all; the CPU time is the process's since it began.
+            record |= {"first_step_seconds": now - self._started, "first_step_cpu_seconds": time.process_time()}
         if seconds is not None:
             self._unlogged.append(seconds)
         every, last = self._config.metrics.log_every_steps, self._config.steps - 1
@@ -121,6 +124,10 @@ class Reporter:
         if (typical := self._steps.typical_seconds) is not None:
             record["eta_seconds"] = typical * (last - step)
         self._emit(record)
+
+    def _evaluated_after(self, step: int) -> bool:
+        every = self._config.eval.every_steps if self._config.eval else None
+        return every is not None and (step + 1) % every == 0
 
     def _speed(self, seconds: float, values: Mapping[str, float]) -> dict[str, float]:
         """Throughput at `seconds` a step. `tokens_per_second` counts every position of the batch, padding included."""
