@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from launcher.tpu import Slice, resolve, resolve_topology
 from trainer.config.base import Node
 
-Slices = Annotated[int, Field(ge=1, le=10_000)]
+Slices = Annotated[int, Field(ge=1, le=10_000, strict=True)]
 
 
 class Tpu(Node):
@@ -46,9 +46,9 @@ class Tpu(Node):
 class Cpu(Node):
     """Hosts without accelerators; each runs one process with so many forced XLA host devices."""
 
-    hosts: Annotated[int, Field(ge=1, le=100_000)] = 1
+    hosts: Annotated[int, Field(ge=1, le=100_000, strict=True)] = 1
     """Hosts of a slice."""
-    devices_per_host: Annotated[int, Field(ge=1, le=1024)] = 1
+    devices_per_host: Annotated[int, Field(ge=1, le=1024, strict=True)] = 1
     slices: Slices = 1
 
 

@@ -49,7 +49,7 @@ class Dws(Node):
     """Dynamic Workload Scheduler, queued provisioning: all hosts at once, when they can be had. Needs a queue."""
 
     type: Literal["dws"] = "dws"
-    max_run_seconds: Annotated[int, Field(ge=600, le=604_800)] | None = None
+    max_run_seconds: Annotated[int, Field(ge=600, le=604_800, strict=True)] | None = None
     """How long the hosts are kept; at most seven days."""
 
 
@@ -63,7 +63,7 @@ class Queue(Node):
     name: Annotated[str, Field(min_length=1)]
     priority: str | None = None
     """A WorkloadPriorityClass: order in the queue, without touching the pods' priority."""
-    max_run_seconds: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_run_seconds: Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)] | None = None
     """Kueue ends the job after this long."""
 
 

@@ -59,7 +59,7 @@ class JobSpec(Node):
     volumes: tuple[Volume, ...] = ()
     resources: Resources = Resources()
     network: Network = Network()
-    grace_seconds: Annotated[int, Field(ge=1, le=3600)] | None = None
+    grace_seconds: Annotated[int, Field(ge=1, le=3600, strict=True)] | None = None
     """Time between SIGTERM and SIGKILL. Default: 25 on spot capacity, else 120."""
     placement: PlacementField | None = None
     """Default: exclusive node pools for multi-host TPU slices, none otherwise."""

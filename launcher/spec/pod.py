@@ -10,7 +10,7 @@ from trainer import contract
 from trainer.config.base import Node
 
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
-Int32 = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Int32 = Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)]
 """What the API server stores for most counts."""
 
 
@@ -48,7 +48,7 @@ def _kind_of_value(value: Any) -> str:
 EnvValue = Annotated[Annotated[str, Tag("text")] | Annotated[FromSecret, Tag("secret")], Discriminator(_kind_of_value)]
 
 
-Gib = Annotated[int, Field(ge=1, le=1_000_000)]
+Gib = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 
 
 class _Volume(Node):
@@ -112,7 +112,7 @@ class Network(Node):
     """Use the node's own network. Faster between slices; needs `security: privileged`."""
     subdomain: Text | None = None
     """Name of the headless service below which the pods find each other; one job each. Default: short, from the job's name."""
-    coordinator_port: Annotated[int, Field(ge=1024, le=65535)] = contract.COORDINATOR_PORT
+    coordinator_port: Annotated[int, Field(ge=1024, le=65535, strict=True)] = contract.COORDINATOR_PORT
     """Port of JAX's coordination service on the first pod."""
     isolate: bool = True
     """Admit connections only from pods of the same job (a NetworkPolicy)."""

@@ -9,8 +9,9 @@ from typing import Annotated, Any, ClassVar, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-PositiveInt = Annotated[int, Field(ge=1, le=2**53)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=2**53)]
+# Strict: neither `true` nor "3" is a number.
+PositiveInt = Annotated[int, Field(ge=1, le=2**53, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=2**53, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]

@@ -18,6 +18,8 @@ from trainer.config.train import TrainConfig
 
 MAX_DOCUMENT_BYTES = 1_000_000
 MAX_DEPTH = 40
+MAX_PROBLEMS = 50
+"""Problems of form that are worked out; nobody reads more, and a hostile document has thousands."""
 
 
 class _Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  # type: ignore[misc]
@@ -115,6 +117,10 @@ def problems_of(model: type[BaseModel], error: ValidationError, *, hidden: Colle
     places = [detail["loc"] for detail in details]
     found: list[Problem] = []
     for detail in details:
+        if len(found) >= MAX_PROBLEMS:
+            rest = len(details) - details.index(detail)
+            found.append(Problem(path="(root)", message=f"and about {rest:,} more", hint="correct these first", code="too-many"))
+            break
         here = detail["loc"]
         if detail["type"] == "too_short" and any(len(other) > len(here) and other[: len(here)] == here for other in places):
             continue  # the items are there, but each has its own problem

@@ -11,7 +11,7 @@ from trainer.config.base import Node
 MESH_AXES: Final = ("data", "fsdp", "tensor")
 """Mesh axes in mesh order, outermost first."""
 
-Degree = Annotated[int, Field(ge=-1, le=2**20)]
+Degree = Annotated[int, Field(ge=-1, le=2**20, strict=True)]
 
 
 class AxisDegrees(Node):
