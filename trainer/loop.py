@@ -53,24 +53,30 @@ class Loop:
             if self.evaluate and self.config.eval and (last or done % self.config.eval.every_steps == 0):
                 evaluation = done, self.evaluate(state)
             self.checkpoints.check()
+            self._announce()
             leaving = self.preemption_requested(done) and not last
             if last or leaving or done % self.config.checkpoint.every_steps == 0:
                 self._save(done, state)
             if leaving:
                 self.checkpoints.wait()
+                self._announce()
                 raise Preempted(f"asked to leave; checkpoint {done} is committed")
             if last:
                 break
         if evaluation:
             self.reporter.eval(*evaluation)
         self.checkpoints.wait()
+        self._announce()
         return state
 
     def _save(self, done: int, state: nnx.State) -> None:
         # The copy to the host waits for this step anyway, so reading its metrics is free: a bad state is never saved.
         self._require_finite(self.reporter.flush())
         self.checkpoints.save(done, state_items(state), self.meta(done))
-        self.reporter.event("checkpoint", step=done)
+
+    def _announce(self) -> None:
+        for step in self.checkpoints.newly_committed():
+            self.reporter.event("checkpoint committed", step=step)
 
     def _require_finite(self, metrics: Mapping[str, float] | None) -> None:
         if metrics is None or all(math.isfinite(metrics[name]) for name in ("loss", "gradient_norm")):

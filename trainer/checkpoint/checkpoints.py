@@ -52,6 +52,7 @@ class Checkpoints:
         self._verified: set[int] = set()
         self._skipped: dict[int, str] = {}
         self._save: Save | None = None
+        self._news: list[int] = []
         self._may_write = False
         self._warm = False
 
@@ -136,7 +137,13 @@ class Checkpoints:
             raise
         if committed:
             self._verified.add(save.step)
+            self._news.append(save.step)
             self._save = None
+
+    def newly_committed(self) -> list[int]:
+        """Steps this process saw committed since it last asked."""
+        news, self._news = self._news, []
+        return news
 
     def wait(self) -> None:
         """Until the save in flight is committed. Raises as `check`."""
