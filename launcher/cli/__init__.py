@@ -46,7 +46,7 @@ _EXAMPLES: Final = """Examples:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit; with None, the arguments of this process."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = [*(sys.argv[1:] if arguments is None else arguments)]  # `list` is a command of this package
     try:
         app(_chosen(words))(args=words, prog_name="nnxlaunch")
     except (NnxlaunchError, ValueError) as error:

@@ -1,0 +1,138 @@
+"""The command line as a person and a script see it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launcher.cli import COMMANDS, main
+from launcher.errors import (
+    EXIT_CODES,
+    AlreadyExists,
+    JobFailed,
+    NnxlaunchError,
+    NotFound,
+    SpecError,
+    ToolFailed,
+    Unavailable,
+    WaitTimeout,
+)
+from tests.launcher.regenerate import EXAMPLES
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(EXAMPLES / "quickstart.job.yaml")
+HEAVY = ("jax", "kubernetes", "google.cloud.storage", "orbax", "flax", "numpy", "rich")
+
+
+def run(*words: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    code = ended.value.code
+    return code if isinstance(code, int) else 0 if code is None else 1
+
+
+def test_help_lists_every_command_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in COMMANDS) and "Examples:" in out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(name, "--help") == 0
+    out = capsys.readouterr().out
+    assert "Usage: nnxlaunch" in out and f"nnxlaunch {name}" in out.split("Usage:", 1)[1].split("\n", 1)[1]
+
+
+def test_no_arguments_shows_help_and_a_misspelt_command_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 2
+    assert run("validat") == 2
+    assert "validate" in capsys.readouterr().err
+
+
+def imported(*words: str) -> set[str]:
+    """Modules of a fresh interpreter after one command."""
+    program = "import atexit, sys\natexit.register(lambda: print(*sys.modules, file=sys.stderr))\nfrom launcher.cli import main\nmain()"
+    result = subprocess.run([sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(result.stderr.split())
+
+
+def test_help_imports_neither_pydantic_nor_a_client() -> None:
+    assert not {"pydantic", "yaml", *HEAVY} & imported("--help")
+
+
+@pytest.mark.parametrize("command", ["validate", "render", "explain"])
+def test_pure_commands_import_no_client_and_no_array_library(command: str) -> None:
+    assert not set(HEAVY) & imported(command, QUICKSTART)
+
+
+@pytest.mark.parametrize("line", ["nnxlaunch vali", "nnxlaunch validate --se"])
+def test_the_shell_completes_commands_and_options(line: str) -> None:
+    environment = {**os.environ, "_NNXLAUNCH_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    result = subprocess.run([sys.executable, "-m", "launcher"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout.split() == [{"vali": "validate", "--se": "--set"}[line.split()[-1]]]
+
+
+@pytest.mark.parametrize("target", ["cpu", "tpu"])
+def test_the_starter_spec_validates_as_it_is(target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "job.yaml"
+    assert run("init", "--target", target, "--name", "first", str(path)) == 0
+    assert run("validate", str(path)) == 0
+    assert capsys.readouterr().out.startswith("first: valid")
+    assert run("init", str(path)) == 73 and run("init", "--name", "a: b") == 64
+
+
+def test_validate_says_path_value_limit_hint_and_code(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("validate", QUICKSTART, "--set", "train.batch.global_batch=17", "--set", "grace_seconds=3")
+    assert run(*words) == 64
+    lines = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("error: ") for line in lines) == sum(line.startswith("hint: ") for line in lines) == 2
+    assert run(*words, "-o", "json") == 64
+    problems = {problem["path"]: problem for problem in json.loads(capsys.readouterr().out)}
+    assert problems["train.batch.global_batch"] | {"message": ""} == {
+        "path": "train.batch.global_batch", "message": "", "value": 17, "limit": 8, "hint": "16 or 24", "code": "batch-shards",
+    }  # fmt: skip
+    assert run("validate", QUICKSTART, "-o", "yaml") == 0
+    assert yaml.safe_load(capsys.readouterr().out) == []
+
+
+def test_render_gives_the_same_objects_in_both_forms(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("render", QUICKSTART) == 0
+    as_yaml = list(yaml.safe_load_all(capsys.readouterr().out))
+    assert run("render", QUICKSTART, "--output", "json") == 0
+    assert json.loads(capsys.readouterr().out) == as_yaml
+
+
+def test_explain_prints_sections_and_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("explain", QUICKSTART, "--sharding") == 0
+    out = capsys.readouterr().out
+    assert "tokens per step" in out and "segments/0/0/attention/query" in out and "restart, free" in out
+    assert run("explain", QUICKSTART, "-o", "json") == 0
+    assert json.loads(capsys.readouterr().out)["hardware"]["devices"] == 8
+
+
+def test_types_lists_families_names_and_one_type(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("types") == run("types", "v5p", "--all") == run("types", "trillium-256") == 0
+    out = capsys.readouterr().out
+    assert "ironwood" in out and "v5p-12288" in out and "16x16" in out
+    assert run("types", "v5p", "-o", "json") == 0
+    assert json.loads(capsys.readouterr().out)[4]["type"] == "v5p-128"
+    assert run("types", "v5p-120") == 64
+    assert "v5p-128" in capsys.readouterr().err
+
+
+def test_every_error_has_a_documented_exit_code() -> None:
+    classes = (NnxlaunchError, SpecError, NotFound, Unavailable, ToolFailed, AlreadyExists, WaitTimeout, JobFailed)
+    assert {one.exit_code for one in classes} <= set(EXIT_CODES)
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    program = "import launcher.cli as c\nfrom launcher.cli import validate\nvalidate.command = lambda: 1 / 0\nc.main(['validate'])"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and "ZeroDivisionError" in result.stderr

@@ -1,0 +1,88 @@
+"""The numbers `explain` derives, against arithmetic by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from launcher.explain import explain
+from launcher.explain.outcome import outcomes
+from launcher.spec import Failure
+from tests.launcher.test_goldens import example
+from trainer import contract
+
+
+@pytest.fixture(scope="module")
+def spot() -> dict[str, Any]:
+    return explain(example("v5p-128-spot"))
+
+
+def test_hardware_mesh_and_batch_multiply_out(spot: dict[str, Any]) -> None:
+    hardware, batch = spot["hardware"], spot["batch"]
+    assert (hardware["hosts"], hardware["chips"], hardware["devices"], hardware["hbm_bytes_per_device"]) == (64, 256, 256, 95 * 2**30)
+    assert spot["mesh"] == {
+        "data": "4 = 1 in a slice x 4 over slices",
+        "fsdp": "64 = 64 in a slice x 1 over slices",
+        "tensor": "1 = 1 in a slice x 1 over slices",
+    }
+    assert batch["tokens_per_step"] == 512 * 4096 and batch["batch_shards"] == 256
+    assert batch["sequences_per_shard_and_microbatch"] == 2
+
+
+def test_llama3_8b_has_its_published_size_and_is_split_over_fsdp(spot: dict[str, Any]) -> None:
+    model, memory = spot["model"], spot["memory_per_device"]
+    assert model["parameters"] == 8_030_261_248 and model["layers"] == 32
+    norms = (2 * 32 + 1) * 4096  # replicated; all else is split 64 ways
+    assert memory["parameters"] == 4 * ((8_030_261_248 - norms) // 64 + norms)
+    assert memory["optimizer"] == 2 * memory["parameters"] and memory["gradients"] == memory["parameters"]
+    assert memory["saved_activations_estimate"] == 32 * 2 * 4096 * 4096 * 2  # layers x sequences x tokens x width x bytes
+    assert "fits" in memory["verdict"]
+    six = 6 * 8_030_261_248 * 512 * 4096
+    assert math.isclose(model["flops_per_step"], six, rel_tol=0.15)  # 6 N D without attention and without the embedding lookup
+
+
+def test_accumulation_holds_a_second_gradient_and_smaller_microbatches() -> None:
+    one, four = (
+        explain(example("v5e-16", "train.batch.global_batch=256", f"train.batch.accumulation={n}"))["memory_per_device"] for n in (1, 4)
+    )
+    assert four["gradients"] == 2 * one["gradients"]
+    assert four["saved_activations_estimate"] * 4 == one["saved_activations_estimate"]
+
+
+@pytest.mark.parametrize(("weaker", "stronger"), [("full", "minimal"), ("minimal", "dots"), ("dots", "none")])
+def test_a_remat_policy_that_keeps_more_needs_more(weaker: str, stronger: str) -> None:
+    sections = [explain(example("v5e-16", f"train.model.remat={policy}")) for policy in (weaker, stronger)]
+    less, more = (section["memory_per_device"]["saved_activations_estimate"] for section in sections)
+    assert less < more
+
+
+def test_a_model_that_cannot_fit_is_said_to_not_fit() -> None:
+    memory = explain(example("v5e-16", "train.model={preset: llama3-70b}"))["memory_per_device"]
+    assert "will not fit" in memory["verdict"]
+
+
+def test_sharding_names_what_an_axis_cannot_divide() -> None:
+    spec = example("v5p-128-spot", "train.mesh.ici={data: 4, fsdp: 1, tensor: 16}", "train.batch.global_batch=512")
+    key = explain(spec)["sharding"]["segments/0/0/attention/key"]
+    assert key["layout"] == "layer, embed, kv_heads, head_dim" and "tensor=16 does not divide kv_heads=8" in key["dropped"][0]
+
+
+@pytest.mark.parametrize("mode", ["smart", "strict", "simple"])
+def test_every_exit_code_of_the_contract_has_its_outcome(mode: Any) -> None:
+    found = {int(key.split()[0]): what for key, what in outcomes(Failure(mode=mode, max_restarts=3)).items() if key[0].isdigit()}
+    assert set(found) == set(contract.MEANING)
+    for code, what in found.items():
+        if code == 0:
+            assert what.startswith("done")
+        elif mode != "simple" and code in contract.FATAL_EXIT_CODES:
+            assert what == "the job ends"
+        elif mode == "smart" and code in contract.FREE_EXIT_CODES:
+            assert what.startswith("restart, free")
+        else:
+            assert what == "restart, counted (at most 3)"
+
+
+def test_without_restarts_a_counted_failure_ends_the_job() -> None:
+    assert outcomes(Failure(max_restarts=0))["137 (killed (SIGKILL; often out of memory))"] == "the job ends (no restarts allowed)"
