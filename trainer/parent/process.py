@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -26,6 +27,8 @@ from trainer.parent.verdict import Ending, Killed, Verdict, verdict
 TEARDOWN_SECONDS: Final = 90
 """From the announced exit code to the end of the child: a meeting of all processes, with a limit of 60 s, lies between."""
 STACKS_SECONDS: Final = 0.5
+CHATTER: Final = re.compile(rb"^\[Gloo\] Rank \d+ is connected to \d+ peer ranks\. Expected number[^\n]*\n", re.MULTILINE)
+"""What Gloo prints for every group of devices and cannot be told not to: dozens of lines that say nothing."""
 EARLY_BYTES: Final = 1 << 20
 """Output kept until the child has said where its log file is."""
 
@@ -188,7 +191,8 @@ class Parent:
         if not chunk:
             self.selector.unregister(descriptor)
             return False
-        self.output.write(chunk, target)
+        if chunk := CHATTER.sub(b"", chunk):
+            self.output.write(chunk, target)
         return True
 
     def _read_link(self) -> None:
