@@ -61,14 +61,15 @@ def attend(query_BTNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, ma
     """softmax(cap(q k^T)) v with the softmax in float32; queries come scaled. Returns [B, T, N, H] in the dtype of `value`."""
     B, T, N, H = query_BTNH.shape
     K = key_BSKH.shape[2]
-    query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H)
-    # Keys and values as the first operand: XLA on CPU then writes no transposed copy of the scores in the backward pass.
-    scores_BKGTS = einsum_float32("BSKH,BTKGH->BKGTS", key_BSKH, query_BTKGH)
+    # "..." is G, or nothing where every query head has its own key: XLA on CPU transposes scores for a dim of size 1.
+    # Keys and values come first for the same reason.
+    group = () if N == K else (N // K,)
+    scores = einsum_float32("BSKH,BTK...H->BK...TS", key_BSKH, query_BTNH.reshape(B, T, K, *group, H))
     if soft_cap is not None:
-        scores_BKGTS = soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
-    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(value_BSKH.dtype)
-    return jnp.einsum("BSKH,BKGTS->BTKGH", value_BSKH, weights_BKGTS).reshape(B, T, N, H)
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.where(jnp.expand_dims(mask_BTS, range(1, scores.ndim - 2)), scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value_BSKH.dtype)
+    return jnp.einsum("BSKH,BK...TS->BTK...H", value_BSKH, weights).reshape(B, T, N, H)
 
 
 class Attention(nnx.Module):
