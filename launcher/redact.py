@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from functools import cache
 from typing import Final
 
 REMOVED: Final = "[removed]"
@@ -14,7 +15,7 @@ SECRET_NAME: Final = re.compile(
 )
 """Names of variables whose value is a secret."""
 
-_KNOWN: Final = re.compile(
+_KNOWN: Final = (
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----"
     r"|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_[A-Za-z0-9_]{20,}|\bglpat-[A-Za-z0-9_-]{16,}"
     r"|\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bxox[abposr]-[A-Za-z0-9-]{10,}"
@@ -29,14 +30,20 @@ _HEX: Final = re.compile(r"[0-9a-fA-F]+")
 _FINGERPRINT: Final = re.compile(r"(HASH|DIGEST|SHA|COMMIT|REVISION|UUID|FINGERPRINT)", re.IGNORECASE)
 
 
+@cache
+def _known() -> re.Pattern[str]:
+    """Compiled on first use: it takes longer than all of `nnxlaunch --help` but the imports."""
+    return re.compile(_KNOWN)
+
+
 def redact(text: str) -> str:
     """`text` with everything that has the form of a secret removed."""
-    return _KNOWN.sub(REMOVED, text)
+    return _known().sub(REMOVED, text)
 
 
 def has_secret_form(value: str) -> bool:
     """Whether `value` contains something only a secret looks like."""
-    return _KNOWN.search(value) is not None
+    return _known().search(value) is not None
 
 
 def looks_random(name: str, value: str) -> bool:

@@ -130,7 +130,7 @@ class JobSpec(Node):
         """The image, with its default for the accelerator."""
         return self.image or Image(reference=DEFAULT_IMAGES[self.layout.target])
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """16 hex digits that change when anything in the spec does."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
