@@ -36,7 +36,7 @@ def command(
     from launcher.cli.backends import connect, flags
     from launcher.manifest import render
 
-    parsed = load(spec, overrides)
+    parsed = load(spec, overrides, target=backend.value)
     manifests = render(parsed)
     target = connect(backend, context=context, kubeconfig=kubeconfig, namespace=namespace)
     status = target.create(manifests, replace=replace)

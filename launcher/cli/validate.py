@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from launcher.backend import BackendKind
 from launcher.cli.options import Output, OutputFormat, Overrides, SpecFile
 
 EXAMPLES = """  nnxlaunch validate job.yaml
   nnxlaunch validate job.yaml --set tpu.type=v5p-256 --set train.batch.global_batch=512
+  nnxlaunch validate job.yaml --backend kubernetes   a CPU job that is to go to a cluster
   nnxlaunch validate job.yaml --output json      problems as data, for scripts
 """
 
+Backend = Annotated[BackendKind | None, typer.Option("--backend", help="Where it is to run; default: TPU on a cluster, CPU here.")]
 
-def command(spec: SpecFile, overrides: Overrides = [], output: OutputFormat = Output.TABLE) -> None:  # noqa: B006  (Typer reads it)
+
+def command(
+    spec: SpecFile,
+    overrides: Overrides = [],  # noqa: B006  (Typer reads it)
+    backend: Backend = None,
+    output: OutputFormat = Output.TABLE,
+) -> None:
     """Check a job spec; print every problem at once. Exit code 64 when there is one."""
     from launcher.checks import problems_in
     from launcher.errors import SpecError
 
-    parsed, problems = problems_in(spec, overrides)
+    parsed, problems = problems_in(spec, overrides, target=backend.value if backend else None)
     if output is not Output.TABLE:
         from launcher.cli.output import emit
         from launcher.redact import redact

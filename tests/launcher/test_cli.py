@@ -102,6 +102,13 @@ def test_validate_says_path_value_limit_hint_and_code(capsys: pytest.CaptureFixt
     assert yaml.safe_load(capsys.readouterr().out) == []
 
 
+def test_a_spec_is_checked_for_where_it_goes_before_anything_is_sent(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (("validate", QUICKSTART, "--backend", "kubernetes"), ("submit", QUICKSTART, "--backend", "kubernetes")):
+        assert run(*words) == 64
+        assert "directory: 'runs/quickstart' is a folder of the pod" in capsys.readouterr().err
+    assert run("validate", QUICKSTART, "--backend", "local") == 0
+
+
 def test_render_gives_the_same_objects_in_both_forms(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("render", QUICKSTART) == 0
     as_yaml = list(yaml.safe_load_all(capsys.readouterr().out))
