@@ -116,7 +116,7 @@ def make_floor(config: TrainConfig, mesh: Mesh) -> tuple[Callable[[State, Batch]
         return State(params, zeros, jax.tree.map(jnp.copy, zeros), jnp.int32(0))
 
     by_name = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
-    shardings = State(by_name, by_name, by_name, NamedSharding(mesh, P()))
+    shardings = State._make((by_name, by_name, by_name, NamedSharding(mesh, P())))
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
     return jitted, jax.jit(init, out_shardings=shardings)()
 

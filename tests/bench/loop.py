@@ -1,0 +1,85 @@
+"""What the loop costs the host: work a step beside the compiled program, and the stall of an asynchronous save."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tests.bench import work
+from tests.bench.measure import Row, child_json
+
+STEPS = 12
+SAVES = 4
+
+
+def rows() -> list[Row]:
+    found = child_json(["-m", "tests.bench.loop"])
+    stall = [save["stall"] / save["whole"] for save in found["saves"][1:]]  # the first creates folders and loads libraries
+    seconds = ", ".join(f"{save['stall']:.2f} of {save['whole']:.2f} s" for save in found["saves"][1:])
+    return [
+        Row("host work a step, dispatch included", "ms", 1000 * median(found["host"]), 2.5, "CPU time of the loop's thread"),
+        Row("stall of an asynchronous save", "ratio", median(stall), 0.10, f"of the whole save: {seconds}"),
+    ]
+
+
+def measure() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        return {"host": host_seconds(Path(folder, "run")), "saves": saves(Path(folder, "saves"))}
+
+
+def host_seconds(directory: Path) -> list[float]:
+    """CPU-seconds of the loop's own thread in each step of a real run, from one batch to the next: feeding, dispatch, metrics, checks.
+
+    The compiled program runs on other threads; waiting for it costs no CPU time.
+    """
+    from trainer import run
+    from trainer.config import TrainConfig, validate
+
+    marks: list[float] = []
+    batches = run._batches
+
+    def marked(*arguments: Any) -> Iterator[Any]:
+        for numbered in batches(*arguments):
+            marks.append(time.thread_time())
+            yield numbered
+
+    run._batches = marked
+    document = work.document(str(directory), 1, metrics={"writers": ["jsonl", "tensorboard"]})
+    document |= {"steps": STEPS, "schedule": {"type": "constant", "learning_rate": 1e-5}}
+    run.run(validate(TrainConfig, document))
+    return [after - before for before, after in itertools.pairwise(marks[2:])]  # after compilation
+
+
+def saves(directory: Path) -> list[dict[str, float]]:
+    """Seconds `save` blocks, and until the step is committed, for the 247 MB state of the work."""
+    import jax
+
+    from trainer.checkpoint import Checkpoints
+    from trainer.parallel.mesh import build_mesh
+    from trainer.parallel.sharding import Layout
+    from trainer.state import describe_state, initial_state, state_items
+
+    config = work.config(1)
+    layout = Layout(build_mesh(config.mesh, jax.devices(), slices=1))
+    state = jax.block_until_ready(initial_state(config, describe_state(config, layout)))
+    checkpoints = Checkpoints(config.checkpoint, str(directory))
+    found: list[dict[str, float]] = []
+    for step in range(1, SAVES + 1):
+        begin = time.monotonic()
+        checkpoints.save(step, state_items(state), {})
+        stall = time.monotonic() - begin
+        checkpoints.wait()
+        found.append({"stall": stall, "whole": time.monotonic() - begin})
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure()))
+    sys.stdout.flush()
