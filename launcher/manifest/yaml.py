@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import yaml
+
+# Kubernetes reads YAML with another parser than PyYAML, to which `y` is true and `1e5` a number: such text is quoted.
+_AMBIGUOUS: Final = re.compile(r"[-+.0-9]|(y|n|yes|no|on|off|true|false|null|nan|inf)$", re.IGNORECASE)
 
 _Base = cast("type[yaml.SafeDumper]", yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper)
 
@@ -17,7 +21,8 @@ class _Dumper(_Base):
         return True
 
     def represent_text(self, value: str) -> yaml.ScalarNode:
-        return yaml.ScalarNode("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+        style = "|" if "\n" in value else "'" if _AMBIGUOUS.match(value) else None
+        return yaml.ScalarNode("tag:yaml.org,2002:str", value, style=style)
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)

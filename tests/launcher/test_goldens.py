@@ -189,3 +189,8 @@ def test_a_super_slice_asks_for_its_topology_by_annotation_instead_of_selector()
 )
 def test_a_movable_tag_of_a_registry_is_pulled_again_at_every_restart(image: str, policy: str) -> None:
     assert pod_of(example("v5e-16", f"image={image}"))["containers"][0]["imagePullPolicy"] == policy
+
+
+@pytest.mark.parametrize("text", ["y", "N", "on", "1e5", "12345678901234e5", "0o17", "1_000", ".5", "-m", "1:30", "null", "~", "0x1f"])
+def test_text_that_another_yaml_parser_takes_for_something_else_is_quoted(text: str) -> None:
+    assert to_yaml([{"key": text}]) == f"---\nkey: '{text}'\n"
