@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Final
 
 from launcher.backend.kubernetes_api import CREATABLE, EVENT, JOB, JOBSET, POD, Api, Patience, Resource
-from launcher.backend.kubernetes_errors import TemporarilyUnavailable
+from launcher.backend.kubernetes_errors import NotAllowed, OverQuota, TemporarilyUnavailable
 from launcher.backend.kubernetes_login import log_in
 from launcher.backend.kubernetes_logs import LOOK_SECONDS, PATIENCE_SECONDS, Selection, follow_logs, read_logs
 from launcher.backend.kubernetes_queue import GROUP, queued_status, workload_of
@@ -57,9 +57,10 @@ class KubernetesBackend:
         return self.get(name)
 
     def check(self, manifests: Sequence[Manifest], *, replace: bool = False) -> None:
-        """Have the server try all of `create` without doing it: schema, webhooks, quota, permissions, and the name last.
+        """Have the server try all of `create` without doing it: schema, webhooks, permissions, and the name last.
 
-        Raises as `create`.
+        JobSet takes what its Jobs and their pods would only be refused for later, where nobody looks: one of each is
+        tried too, as far as this user may. Raises as `create`.
         """
         for resource, manifest in _resources(manifests):
             try:
@@ -68,6 +69,9 @@ class KubernetesBackend:
                 if resource is JOBSET and not replace:
                     name = manifest["metadata"]["name"]
                     raise AlreadyExists(f"a job {name!r} exists already in namespace {self.namespace!r}", hint=error.hint) from None
+        for resource, manifest in first_children(manifests):
+            with suppress(AlreadyExists, NotAllowed, OverQuota):  # room for it may come
+                self._api.create(resource, self.namespace, self._placed(manifest), dry_run=True)
 
     def get(self, name: str) -> JobStatus:
         return self._status(self._jobset(name))
@@ -190,6 +194,19 @@ class KubernetesBackend:
 
     def _placed(self, manifest: Manifest) -> Manifest:
         return {**manifest, "metadata": {**manifest["metadata"], "namespace": self.namespace}}
+
+
+def first_children(manifests: Sequence[Manifest]) -> Iterator[tuple[Resource, Manifest]]:
+    """The first Job of each kind in the JobSet, and its first pod with the namespace's default service account."""
+    for jobset in (manifest for manifest in manifests if manifest["kind"] == JOBSET.kind):
+        for part in jobset["spec"]["replicatedJobs"]:
+            name, job = f"{jobset['metadata']['name']}-{part['name']}-0", part["template"]
+            metadata = {**mapping(job.get("metadata")), "name": name}
+            yield JOB, {"apiVersion": JOB.api_version, "kind": JOB.kind, "metadata": metadata, "spec": job["spec"]}
+            pod = job["spec"]["template"]
+            metadata = {**mapping(pod.get("metadata")), "name": f"{name}-0"}
+            spec = {key: value for key, value in pod["spec"].items() if key != "serviceAccountName"}
+            yield POD, {"apiVersion": POD.api_version, "kind": POD.kind, "metadata": metadata, "spec": spec}
 
 
 def _resources(manifests: Sequence[Manifest]) -> list[tuple[Resource, Manifest]]:

@@ -22,6 +22,14 @@ class TemporarilyUnavailable(Unavailable):
     """The connection or the server failed in a way that may pass: a reader may try again."""
 
 
+class NotAllowed(Unavailable):
+    """This user has no right to it (RBAC)."""
+
+
+class OverQuota(Unavailable):
+    """The namespace's resource quota has no room now."""
+
+
 def from_status(status: int, body: str | bytes | None, *, doing: str, where: str) -> NnxlaunchError:
     """The error for an HTTP answer that is not a success.
 
@@ -39,7 +47,7 @@ def from_status(status: int, body: str | bytes | None, *, doing: str, where: str
         )
     if status == 403 and (match := _RBAC.search(message)):
         verb, resource = match["verb"], match["resource"]
-        return Unavailable(
+        return NotAllowed(
             f"cannot {doing}: user {match['user']!r} is not allowed to {verb} {resource} in {where}",
             hint=f"ask for the role in k8s/README.md; check with: kubectl auth can-i {verb} {resource}",
         )
@@ -59,6 +67,13 @@ def from_status(status: int, body: str | bytes | None, *, doing: str, where: str
             f"cannot {doing}: the server does not know a field: {_after(message, 'strict decoding error:')}",
             hint=f"the JobSet installed in {where} is older than this launcher needs (0.10 or newer); an administrator updates it",
         )
+    if "violates PodSecurity" in message:
+        return Unavailable(
+            f"cannot {doing}: the namespace's Pod Security level forbids it: {_after(message, 'violates PodSecurity')}",
+            hint="use `security: restricted` without host network and host paths, or a namespace with another level",
+        )
+    if "exceeded quota" in message:
+        return OverQuota(f"cannot {doing}: {message}", hint="free some of the namespace's quota, or ask for more")
     if "failed calling webhook" in message:
         return TemporarilyUnavailable(
             f"cannot {doing}: an admission webhook of {where} does not answer: {message}",

@@ -1,7 +1,7 @@
 """A namespace of a real cluster with JobSet and Kueue; `.ci/run` starts one and says where it is.
 
-Needs `KUBECONFIG` (an administrator), `STORAGE_EMULATOR_HOST` (an object store that pods and this machine reach by one
-address) and `TEST_IMAGE` (loaded into the node). Not collected by `make test`.
+Needs `KUBECONFIG` (an administrator of a cluster whose one node is this machine) and `TEST_IMAGE` (loaded into the node).
+Not collected by `make test`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import pytest
 
 from launcher.backend.kubernetes import KubernetesBackend
 from tests.cluster.tools import kubectl
+from tests.gcs_emulator import Gcs, gcs_emulator
 
 
 @pytest.fixture(scope="session")
 def namespace() -> Generator[str]:
     """A namespace that enforces the restricted Pod Security level."""
-    missing = [name for name in ("KUBECONFIG", "STORAGE_EMULATOR_HOST", "TEST_IMAGE") if not os.environ.get(name)]
+    missing = [name for name in ("KUBECONFIG", "TEST_IMAGE") if not os.environ.get(name)]
     if missing:
         pytest.fail(f"the cluster tests need {', '.join(missing)}; run .ci/run, or see the head of {__file__}")
     name = f"nnx-{uuid.uuid4().hex[:8]}"
@@ -36,10 +37,11 @@ def backend(namespace: str) -> KubernetesBackend:
 
 
 @pytest.fixture(scope="session")
-def storage() -> dict[str, str]:
-    """Variables that send every gs:// client, here and in pods, to the cluster's object store."""
-    host = os.environ["STORAGE_EMULATOR_HOST"]
-    return {"STORAGE_EMULATOR_HOST": host, "TENSORSTORE_GCS_HTTP_URL": host, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+def storage() -> Generator[Gcs]:
+    """An object store on the node's own address: pods and this machine reach it by the same one."""
+    address = kubectl("get", "nodes", "-o", 'jsonpath={.items[0].status.addresses[?(@.type=="InternalIP")].address}')
+    with gcs_emulator(address) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

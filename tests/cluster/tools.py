@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from launcher.backend import Manifest
@@ -20,11 +18,10 @@ def kubectl(*words: str, stdin: str | None = None) -> str:
     return subprocess.run(["kubectl", *words], input=stdin, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
-def nnxlaunch(*words: str, environment: Mapping[str, str] = {}, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def nnxlaunch(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """One command of the launcher, as a person runs it."""
     command = [sys.executable, "-m", "launcher", *words]
-    env = {**os.environ, **environment}
-    return subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout)
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout)
 
 
 def document(name: str, **changes: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import urllib3
 
-from launcher.backend.kubernetes_errors import TemporarilyUnavailable, from_connection, from_status
+from launcher.backend.kubernetes_errors import NotAllowed, OverQuota, TemporarilyUnavailable, from_connection, from_status
 from launcher.errors import AlreadyExists, NnxlaunchError, NotFound, Unavailable
 
 WHERE = "cluster 'prod' (context 'me')"
@@ -29,7 +29,7 @@ ANSWERS: dict[str, tuple[tuple[int, str], type[NnxlaunchError], str, str]] = {
             ' in the namespace "default"',
             "Forbidden",
         ),
-        Unavailable,
+        NotAllowed,
         "user 'eve' is not allowed to create jobsets",
         "kubectl auth can-i create jobsets",
     ),
@@ -59,6 +59,18 @@ ANSWERS: dict[str, tuple[tuple[int, str], type[NnxlaunchError], str, str]] = {
         Unavailable,
         'does not know a field: unknown field "spec.foo"',
         "older than this launcher needs",
+    ),
+    "Pod Security": (
+        answer(403, 'pods "a-0" is forbidden: violates PodSecurity "restricted:latest": host namespaces (hostNetwork=true)', "Forbidden"),
+        Unavailable,
+        'Pod Security level forbids it: "restricted:latest": host namespaces',
+        "security: restricted",
+    ),
+    "quota": (
+        answer(403, 'pods "a-0" is forbidden: exceeded quota: small, requested: cpu=4, used: cpu=2, limited: cpu=4', "Forbidden"),
+        OverQuota,
+        "exceeded quota: small",
+        "quota",
     ),
     "webhook down": (
         answer(500, 'Internal error occurred: failed calling webhook "vjobset.kb.io": connection refused', "InternalError"),

@@ -1,0 +1,87 @@
+"""The API server, with the webhooks of JobSet and Kueue, takes what the launcher renders and refuses what its checks refuse."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+
+from launcher.backend import Manifest
+from launcher.backend.kubernetes import KubernetesBackend
+from launcher.checks import load
+from launcher.errors import NnxlaunchError, Unavailable
+from launcher.manifest import render
+from launcher.spec import JobSpec, from_document, from_yaml
+from tests.cluster.tools import document, kubectl
+from tests.launcher.regenerate import EXAMPLES
+from tests.launcher.strategies import Document, documents
+from tests.launcher.test_server_rules import BROKEN, restored
+
+MANY = settings(
+    max_examples=60 if os.environ.get("CI") else 10,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+)
+# Nothing refuses these when a job is made: JobSet meets a broken pattern when a Job fails, Kueue and GKE look when the
+# job is admitted, and an empty list of pod conditions never matches. The launcher's own check is the only one.
+SILENT = {11, 18, 23, 25}
+
+
+@pytest.fixture(scope="module")
+def open_namespace(namespace: str) -> Generator[KubernetesBackend]:
+    """Another one, where any pod may run."""
+    name = f"{namespace}-open"
+    kubectl("create", "namespace", name)
+    yield KubernetesBackend(namespace=name)
+    kubectl("delete", "namespace", name, "--wait=false")
+
+
+def must_be_accepted(spec: JobSpec, restricted: KubernetesBackend, open_to_all: KubernetesBackend) -> None:
+    """A namespace of the restricted Pod Security level takes it, unless the spec itself asks for more than that."""
+    manifests = render(spec)
+    open_to_all.check(manifests)
+    if spec.security == "restricted":
+        restricted.check(manifests)
+    else:
+        with pytest.raises(Unavailable, match="Pod Security"):
+            restricted.check(manifests)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.job.yaml")), ids=lambda path: path.name)
+def test_every_example_is_accepted(backend: KubernetesBackend, open_namespace: KubernetesBackend, path: Path) -> None:
+    must_be_accepted(from_yaml(path), backend, open_namespace)
+
+
+@MANY
+@given(drawn=documents())
+def test_every_valid_spec_is_accepted(backend: KubernetesBackend, open_namespace: KubernetesBackend, drawn: Document) -> None:
+    spec = from_document(drawn)
+    assume(spec.priority is None)  # the class would have to exist
+    must_be_accepted(spec, backend, open_namespace)
+
+
+def test_what_the_launchers_own_rules_refuse_the_server_refuses(backend: KubernetesBackend) -> None:
+    rendered: Manifest = render(load(EXAMPLES / "v5p-128-spot.job.yaml", ["queue=q", "placement=tas"]))[-1]
+    accepted: set[int] = set()
+    for rule, mutate in BROKEN:
+        try:
+            backend.check([restored(mutate, rendered)])
+        except NnxlaunchError:
+            continue
+        accepted.add(rule)
+    assert accepted <= SILENT
+
+
+def test_an_unknown_field_and_a_missing_priority_class_are_found_before_anything_is_created(
+    backend: KubernetesBackend, namespace: str
+) -> None:
+    manifests = render(from_document(document("typo")))
+    manifests[-1]["spec"]["replicatdJobs"] = []
+    with pytest.raises(Unavailable, match=r'does not know a field: unknown field "spec.replicatdJobs"'):
+        backend.create(manifests)
+    with pytest.raises(Unavailable, match="no PriorityClass with name nobody-made-it"):
+        backend.create(render(from_document(document("typo", priority="nobody-made-it"))))
+    assert "typo" not in kubectl("-n", namespace, "get", "jobsets,configmaps,serviceaccounts,networkpolicies", "-o", "name")
