@@ -445,6 +445,11 @@ class Server(ThreadingHTTPServer):
         super().__init__((address, 0), Handler)
         self.store = Store(f"http://{address}:{self.server_port}")
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone, as one that was killed, is no trouble of the server's."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
 
 def main() -> None:
     server = Server(sys.argv[1])
