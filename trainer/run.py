@@ -77,14 +77,11 @@ def run(config: TrainConfig) -> Exit:
 def _first_state(config: TrainConfig, spec: StateSpec, checkpoints: Checkpoints, begin: int | None) -> nnx.State:
     if begin is not None:
         return state_from_items(spec, checkpoints.restore(begin, state_items(spec.abstract)))
-    state = initial_state(config, spec)
-    if config.checkpoint.start_from:
-        from trainer.checkpoint.huggingface import load_huggingface
+    if config.checkpoint.start_from is None:
+        return initial_state(config, spec)
+    from trainer.checkpoint.huggingface import load_huggingface
 
-        items = state_items(state)
-        items["params"] = load_huggingface(config.checkpoint.start_from, state_items(spec.abstract)["params"], config.model)
-        state = state_from_items(spec, items)
-    return state
+    return initial_state(config, spec, load_huggingface(config.checkpoint.start_from, state_items(spec.abstract)["params"], config.model))
 
 
 def _batches(config: TrainConfig, data: Data, layout: Layout, begin: int) -> Iterator[tuple[int, Batch]]:

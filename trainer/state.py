@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,15 +62,23 @@ def describe_state(config: TrainConfig, layout: Layout) -> StateSpec:
     return StateSpec(graphdefs[0], nnx.from_flat_state(placed), nnx.from_flat_state(shardings))
 
 
-def initial_state(config: TrainConfig, spec: StateSpec) -> nnx.State:
-    """The first state of a run, computed where it lives. The same values for every mesh, process count and layer form."""
+def initial_state(config: TrainConfig, spec: StateSpec, parameters: Mapping[str, jax.Array] | None = None) -> nnx.State:
+    """The first state of a run, computed where it lives.
 
-    def init(keys: dict[str, jax.Array]) -> nnx.State:
-        values = initial_parameters(config.model, keys)
+    Without `parameters` (arrays by path, laid out as `spec` says; they are used up) the same random ones for every
+    mesh, process count and layer form.
+    """
+
+    def assemble(values: Mapping[str, jax.Array]) -> nnx.State:
         model_def, abstract = nnx.split(create_abstract_model(config.model), nnx.Param)
         params = [(path, variable.replace(values[join_path(path)])) for path, variable in nnx.to_flat_state(abstract)]
         return nnx.split(_train_state(config, nnx.merge(model_def, nnx.from_flat_state(params))))[1]
 
+    def init(keys: Mapping[str, jax.Array]) -> nnx.State:
+        return assemble(initial_parameters(config.model, keys))
+
+    if parameters is not None:
+        return jax.jit(assemble, donate_argnums=0, out_shardings=spec.shardings)(dict(parameters))
     # Keys are arguments: as constants, the compiler would evaluate all random bits by itself, slowly. The program
     # runs once and its arithmetic is exact, so on a CPU it is compiled without optimisation: a quarter of the time.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
