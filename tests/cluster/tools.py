@@ -32,7 +32,7 @@ def document(name: str, **changes: Any) -> dict[str, Any]:
         "image": CHEAP_IMAGE,
         "directory": "gs://test-bucket/runs",
         "resources": {"cpu": "20m", "memory": "64Mi"},
-        "grace_seconds": 2,
+        "grace_seconds": 15,
         "train": {
             "steps": 10,
             "model": {"preset": "tiny"},
@@ -46,7 +46,7 @@ def document(name: str, **changes: Any) -> dict[str, Any]:
 
 def cheap_job(name: str, program: str, **changes: Any) -> list[Manifest]:
     """The manifests of a job as rendered, but its containers run a few lines of Python instead of the trainer."""
-    manifests = render(from_document(document(name, **changes)))
+    manifests = render(from_document(document(name, **{"grace_seconds": 2, **changes})))
     for manifest in manifests:
         if manifest["kind"] == "JobSet":
             (container,) = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
