@@ -7,7 +7,6 @@ talk to a cluster or start processes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from enum import StrEnum
 from typing import Protocol
 
 from launcher.backend.status import (
@@ -23,6 +22,7 @@ from launcher.backend.status import (
     job_status,
     pod_status,
 )
+from launcher.kinds import BackendKind
 
 __all__ = [
     "Backend", "BackendKind", "Condition", "Event", "JobState", "JobStatus", "LogLine", "Manifest", "PodStatus", "SliceStatus",
@@ -69,11 +69,6 @@ class Backend(Protocol):
     def events(self, name: str) -> Sequence[Event]:
         """What the cluster said about the job and its pods, oldest first. Raises NotFound."""
         ...
-
-
-class BackendKind(StrEnum):
-    KUBERNETES = "kubernetes"
-    LOCAL = "local"
 
 
 def open_backend(kind: BackendKind, *, context: str | None = None, kubeconfig: str | None = None, namespace: str | None = None) -> Backend:

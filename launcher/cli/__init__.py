@@ -6,6 +6,7 @@ It may define `CONTEXT_SETTINGS`, passed on to Typer, and `EXAMPLES`, shown belo
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -46,6 +47,7 @@ _EXAMPLES: Final = """Examples:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit; with None, the arguments of this process."""
+    gc.set_threshold(100_000)  # imports make many objects and no garbage: a tenth of a short command went into looking for it
     words = [*(sys.argv[1:] if arguments is None else arguments)]  # `list` is a command of this package
     try:
         app(_chosen(words))(args=words, prog_name="nnxlaunch")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.backend import BackendKind
+from launcher.kinds import BackendKind
 
 
 class Output(StrEnum):

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from launcher.backend import BackendKind
 from launcher.cli.options import Output, OutputFormat, Overrides, SpecFile
+from launcher.kinds import BackendKind
 
 EXAMPLES = """  nnxlaunch validate job.yaml
   nnxlaunch validate job.yaml --set tpu.type=v5p-256 --set train.batch.global_batch=512
