@@ -31,7 +31,7 @@ LAUNCHER_LAYERS: tuple[tuple[str, ...], ...] = (
     ("launcher.manifest", "launcher.checks"),
     ("launcher.spec",),
     ("launcher.tpu",),
-    ("launcher.errors", "launcher.redact"),
+    ("launcher.errors", "launcher.redact", "launcher.kinds"),
 )
 WITHOUT_JAX = (
     "launcher.cli",
