@@ -63,6 +63,12 @@ def test_every_valid_spec_is_accepted(backend: KubernetesBackend, open_namespace
     must_be_accepted(spec, backend, open_namespace)
 
 
+@pytest.mark.parametrize("name", ["namespace", "role", "queue"])
+def test_what_an_administrator_applies_is_accepted(namespace: str, name: str) -> None:
+    text = (EXAMPLES.parent / "cluster" / f"{name}.yaml").read_text().replace("namespace: train", f"namespace: {namespace}")
+    kubectl("-n", namespace, "apply", "--dry-run=server", "-f", "-", stdin=text)
+
+
 def test_what_the_launchers_own_rules_refuse_the_server_refuses(backend: KubernetesBackend) -> None:
     rendered: Manifest = render(load(EXAMPLES / "v5p-128-spot.job.yaml", ["queue=q", "placement=tas"]))[-1]
     accepted: set[int] = set()

@@ -13,11 +13,10 @@ HARD = (
 )
 
 
-def docker(*words: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def docker(*words: str, stdin: str = "", check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """One docker command; its output is captured, both streams together."""
-    command = ["docker", *words]
     both = subprocess.STDOUT
-    return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=both, text=True, check=check, timeout=timeout)
+    return subprocess.run(["docker", *words], input=stdin, stdout=subprocess.PIPE, stderr=both, text=True, check=check, timeout=timeout)
 
 
 def run(image: str, *words: str, options: Sequence[str] = (), timeout: float = 300) -> subprocess.CompletedProcess[str]:
