@@ -66,5 +66,5 @@ def image_is_reachable(spec: JobSpec, layout: Layout) -> Iterator[Problem]:
     """TPU hosts pull from a registry, and the default image is only on the machine that built it."""
     if spec.image is None and layout.target == "tpu":
         message = f"is required: {spec.container_image.reference} exists only where it was built"
-        hint = "nnxlaunch image push REGISTRY/PATH prints the line to add"
+        hint = "nnxlaunch image build SPEC --name REGISTRY/PATH, then image push with the same words, which writes the line"
         yield Problem(path="image", message=message, hint=hint, code="image-needed")
