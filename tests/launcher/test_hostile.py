@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from launcher.checks import load, problems_in
 from launcher.cli import main
 from launcher.errors import SpecError
 from tests.launcher.test_checks import TPU
-from trainer.config.load import MAX_DOCUMENT_BYTES
+from trainer.config.load import MAX_DEPTH, MAX_DOCUMENT_BYTES, parse_document
 
 GOOD = yaml.safe_dump(TPU, sort_keys=False)
 
@@ -165,6 +167,55 @@ def test_a_hostile_input_gives_a_clear_error(name: str, tmp_path: Path) -> None:
     for problem in caught.value.problems:
         assert problem.path and problem.message and problem.code
         assert len(problem.message) < 600, problem.message
+
+
+FORBIDDEN_FORMS = {
+    "an alias": ("env: {A: &x one, B: *x}\n", "anchors and aliases are not accepted here"),
+    "an anchor nobody uses": ("env: {A: &x one}\n", "anchors and aliases are not accepted here"),
+    "an anchor of a mapping": ("env: &x {A: one}\n", "anchors and aliases are not accepted here"),
+    "an alias as a key": ("labels: {&x a: b, *x : c}\n", "anchors and aliases are not accepted here"),
+    "41 levels": ("labels: " + "[" * 40 + "]" * 40 + "\n", "nested deeper than 40 levels"),
+    "200,000 open lists": ("labels: " + "[" * 200_000, "nested deeper than 40 levels"),
+    "200,000 lists": ("labels: " + "[" * 200_000 + "]" * 200_000, "nested deeper than 40 levels"),
+    "mappings": ("labels: " + "{a: " * 100_000, "nested deeper than 40 levels"),
+    "block lists": ("labels:\n" + "- " * 100_000 + "x\n", "nested deeper than 40 levels"),
+    "keys of keys": ("? " * 100_000 + "x\n", "nested deeper than 40 levels"),
+}
+
+
+def test_depth_anchors_and_aliases_are_refused_in_a_spec_that_is_good_otherwise(tmp_path: Path) -> None:
+    """In a process of its own: what the parser's C code cannot bear would end this one."""
+    for name, (text, _) in FORBIDDEN_FORMS.items():
+        (tmp_path / name).write_text(GOOD + text)
+    program = """
+import sys
+from pathlib import Path
+from trainer.config import ConfigError
+from trainer.config.load import read_document
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    try:
+        read_document(path)
+    except ConfigError as error:
+        print(path.name, *[problem.message for problem in error.problems], sep=": ", flush=True)
+"""
+    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-300:]
+    line = GOOD.count("\n") + 1
+    for (name, (_, said)), printed in zip(sorted(FORBIDDEN_FORMS.items()), ended.stdout.splitlines(), strict=True):
+        assert printed.startswith(f"{name}: not valid YAML: {said} (line {line + ('block' in name)}, column "), printed
+
+
+def test_the_deepest_document_that_is_accepted_has_as_many_levels_as_the_limit_says() -> None:
+    inner = MAX_DEPTH - 1
+    assert list(parse_document("a: " + "[" * inner + "]" * inner, name="x")) == ["a"]
+
+
+def test_a_deep_override_is_refused_like_a_deep_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(GOOD)
+    with pytest.raises(SystemExit) as ended:
+        main(["validate", str(tmp_path / "job.yaml"), "--set", "labels=" + "[" * 50_000])
+    assert ended.value.code == 64
+    assert "nested deeper than 40 levels" in capsys.readouterr().err
 
 
 def test_a_folder_a_missing_file_and_a_file_one_may_not_read_are_named(tmp_path: Path) -> None:

@@ -21,23 +21,11 @@ MAX_DEPTH = 40
 MAX_PROBLEMS = 50
 """Problems of form that are worked out; nobody reads more, and a hostile document has thousands."""
 
+_Safe = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
-class _Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  # type: ignore[misc]
-    """Safe YAML without anchors, with duplicate keys refused and depth limited."""
 
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.MarkedYAMLError(None, None, "anchors and aliases are not accepted here", event.start_mark)
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(None, None, f"nested deeper than {MAX_DEPTH} levels", self.peek_event().start_mark)
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self.depth -= 1
+class _Loader(_Safe):  # type: ignore[misc]
+    """Safe YAML with duplicate keys refused."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen: set[Any] = set()
@@ -59,16 +47,29 @@ def parse_document(text: str | bytes, *, name: str) -> dict[str, Any]:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
+        _refuse_depth_and_aliases(text)
         parsed = yaml.load(text, Loader=_Loader)
     except UnicodeDecodeError as error:
         raise ConfigError([_document(name, f"not UTF-8 text: {error.reason} at byte {error.start}", "save the file as UTF-8")]) from None
-    except RecursionError:
-        raise ConfigError([_document(name, f"nested deeper than {MAX_DEPTH} levels", "")]) from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError([_document(name, f"not valid YAML: {_one_line(error)}", "")]) from None
     if not isinstance(parsed, dict):
         raise ConfigError([_document(name, f"must be a mapping of keys, not {type(parsed).__name__}", "start with `name: ...`")])
     return parsed
+
+
+def _refuse_depth_and_aliases(text: str) -> None:
+    """Look at the events before anything is built from them: libyaml builds nodes by recursion in C and dies of a deep document."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Safe):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(None, None, f"nested deeper than {MAX_DEPTH} levels", event.start_mark)
+        if getattr(event, "anchor", None) is not None:  # of an alias, the name it refers to
+            raise yaml.MarkedYAMLError(None, None, "anchors and aliases are not accepted here", event.start_mark)
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
