@@ -30,7 +30,9 @@ JOBSET_FIELDS: Final = {
 
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _RESERVED: Final = ("NNX_", "TPU_", "MEGASCALE_", "JOB_COMPLETION_INDEX", "JAX_COORDINATOR_", "JAX_PROCESS_ID", "JAX_NUM_PROCESSES")
-_DOMAIN = r"[a-zA-Z0-9]([-a-zA-Z0-9.]*[a-zA-Z0-9])?(:[0-9]{1,5})?"
+_HOST = r"[a-zA-Z0-9]([-a-zA-Z0-9]*[a-zA-Z0-9])?"
+_PORT = r":[0-9]{1,5}"
+_DOMAIN = rf"(localhost({_PORT})?|{_HOST}(\.{_HOST})+({_PORT})?|{_HOST}{_PORT})"  # else the first part is a folder of Docker Hub
 _PATH = r"[a-z0-9]+([._]+[a-z0-9]+|-+[a-z0-9]+)*"
 _TAG = r"(:[A-Za-z0-9_][-A-Za-z0-9_.]{0,127})?(@sha256:[0-9a-f]{64})?"
 _REFERENCE: Final = re.compile(rf"({_DOMAIN}/)?{_PATH}(/{_PATH})*{_TAG}", re.ASCII)
