@@ -208,6 +208,11 @@ def _find_family(word: str, *, key: str, given: str) -> Family:
     known = {name: family for family in families().values() for name in (family.name, *family.aliases, family.gke_accelerator)}
     if word in known:
         return known[word]
+    meant = sorted({family.name for name, family in known.items() if word and name.startswith(word)})
+    if len(meant) > 1:
+        message = f"{word[:40]!r} is ambiguous: {', '.join(meant)} begin like this"
+        hint = "one of " + ", ".join(repr(given.lower().replace(word, name, 1)) for name in meant)
+        raise TpuError(message, key=key, hint=hint, code="tpu-family")
     close = near_miss(word, list(known))
     hint = f"did you mean {given.lower().replace(word, close)!r}?" if close else f"families: {', '.join(families())}"
     raise TpuError(f"no TPU family is called {word[:40]!r}", key=key, hint=hint, code="tpu-family")

@@ -104,6 +104,20 @@ def test_a_family_answers_to_its_aliases_and_its_gke_label() -> None:
     assert of("trillium") == of("tpu-v6e-slice")
 
 
+@pytest.mark.parametrize("name", ["v5", "V5-8", "v5-4x4"])
+def test_the_beginning_of_several_families_names_all_of_them_and_guesses_none(name: str) -> None:
+    with pytest.raises(TpuError, match="'v5' is ambiguous: v5e, v5p begin") as caught:
+        resolve(name)
+    size = name[2:]
+    assert caught.value.hint == f"one of 'v5e{size}', 'v5p{size}'" and caught.value.code == "tpu-family"
+
+
+def test_the_beginning_of_one_family_is_a_near_miss() -> None:
+    with pytest.raises(TpuError) as caught:
+        resolve("v6-16")
+    assert caught.value.hint == "did you mean 'v6e-16'?"
+
+
 def test_hbm_and_peak_are_those_of_a_device() -> None:
     ironwood = resolve("tpu7x-8")
     assert (ironwood.hbm_gib_per_device, ironwood.peak_bf16_tflops_per_device) == (96, 1153.5)
