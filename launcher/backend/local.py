@@ -41,7 +41,7 @@ class LocalBackend:
         name = jobset["metadata"]["name"]
         refuse_what_cannot_run_here(jobset)
         if find_spec("jax") is None:
-            raise Unavailable("this Python has the launcher, but not the trainer's libraries", hint="install nnxlaunch[train]")
+            raise Unavailable("this Python has the launcher, but not the trainer's libraries", hint="in the clone: ./setup.sh train")
         placed = _placed(manifests, self.namespace)
         control = LocalJobSet(next(manifest for manifest in placed if manifest["kind"] == "JobSet"), lambda: datetime.now(UTC))
         if replace:

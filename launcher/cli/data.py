@@ -44,7 +44,7 @@ def prepare(
 
     train = from_yaml(spec, overrides).train
     if importlib.util.find_spec("numpy") is None:
-        raise Unavailable("the trainer's packages are not installed here", hint="pip install 'nnxlaunch[train]'")
+        raise Unavailable("the trainer's packages are not installed here", hint="in the clone: ./setup.sh train")
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(train.model_dump_json())
         file.flush()

@@ -35,7 +35,7 @@ def command(
     from launcher.errors import Unavailable
 
     if importlib.util.find_spec("jax") is None:
-        raise Unavailable("the trainer's packages are not installed here", hint="pip install 'nnxlaunch[train]'")
+        raise Unavailable("the trainer's packages are not installed here", hint="in the clone: ./setup.sh train")
     arguments = [run_directory, "--out", out]
     arguments += ["--step", str(step)] if step is not None else []
     arguments += ["--dtype", dtype.value] if dtype is not None else []

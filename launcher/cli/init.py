@@ -26,13 +26,19 @@ Name = Annotated[str, typer.Option("--name", help="Name of the job.")]
 
 def command(file: File = None, target: TargetOption = Target.CPU, name: Name = "my-run") -> None:
     """Write a commented starter spec. It validates as it is."""
-    from launcher.errors import AlreadyExists, NotFound, SpecError
-    from trainer.config import Problem
+    import json
 
-    if not name.isascii() or not name.replace("-", "").isalnum():
-        hint = "such as 'my-run'"
-        raise SpecError([Problem(path="name", message="is made of letters, digits and dashes", hint=hint, code="name")])
-    text = (resources.files("launcher.spec") / f"starter.{target}.yaml").read_text(encoding="utf-8").replace("my-run", name)
+    import yaml
+
+    from launcher.checks import problems_of_document
+    from launcher.errors import AlreadyExists, NotFound, SpecError
+
+    text = (resources.files("launcher.spec") / f"starter.{target}.yaml").read_text(encoding="utf-8")
+    _, problems = problems_of_document({**yaml.safe_load(text), "name": name})
+    if problems:
+        raise SpecError(problems)
+    word = name if yaml.safe_load(name) == name else json.dumps(name)  # `true` is not text in YAML
+    text = text.replace("name: my-run", f"name: {word}").replace("my-run", name)
     if file is None:
         print(text, end="")
         return

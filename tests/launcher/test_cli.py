@@ -85,7 +85,35 @@ def test_the_starter_spec_validates_as_it_is(target: str, tmp_path: Path, capsys
     assert run("init", "--target", target, "--name", "first", str(path)) == 0
     assert run("validate", str(path)) == 0
     assert capsys.readouterr().out.startswith("first: valid")
-    assert run("init", str(path)) == 73 and run("init", "--name", "a: b") == 64
+    assert run("init", str(path)) == 73
+
+
+@pytest.mark.parametrize("name", ["1abc", "Abc", "a-", "-a", "a_b", "a: b", "", "a" * 60, "é", "a\nb"])
+def test_init_writes_no_spec_with_a_name_that_validate_would_refuse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("init", f"--name={name}") == 64
+    printed = capsys.readouterr()
+    assert printed.out == "" and "error: name: " in printed.err
+
+
+@pytest.mark.parametrize("name", ["true", "null", "on", "a" * 40])
+def test_init_writes_a_spec_that_validates_with_every_name_it_takes(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("init", "--name", name, str(tmp_path / "job.yaml")) == 0
+    assert run("validate", str(tmp_path / "job.yaml")) == 0
+    assert capsys.readouterr().out.startswith(f"{name}: valid")
+    assert run("init", "--target", "tpu", "--name", name) == 0
+    assert f"directory: gs://my-bucket/runs   # checkpoints, metrics and logs go to gs://my-bucket/runs/{name}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["data", "prepare", QUICKSTART], ["export", "runs/x", "--out", "y"]], ids=" ".join)
+def test_without_the_trainers_packages_the_hint_names_the_clones_setup(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent(name: str) -> None:
+        del name
+
+    monkeypatch.setattr("importlib.util.find_spec", absent)
+    assert run(*words) == Unavailable.exit_code
+    assert "in the clone: ./setup.sh train" in capsys.readouterr().err
 
 
 def test_validate_says_path_value_limit_hint_and_code(capsys: pytest.CaptureFixture[str]) -> None:
