@@ -7,3 +7,5 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+pytest_plugins = ["tests.gcs_emulator"]

@@ -49,7 +49,7 @@ class Loop:
                 evaluation = None
             self.profiler.after(n, metrics)
             done = n + 1
-            last = done == self.config.steps
+            last = done >= self.config.steps
             if self.evaluate and self.config.eval and (last or done % self.config.eval.every_steps == 0):
                 evaluation = done, self.evaluate(state)
             self.checkpoints.check()
@@ -58,6 +58,8 @@ class Loop:
             if last or leaving or done % self.config.checkpoint.every_steps == 0:
                 self._save(done, state)
             if leaving:
+                if evaluation:
+                    self.reporter.eval(*evaluation)
                 self.checkpoints.wait()
                 self._announce()
                 raise Preempted(f"asked to leave; checkpoint {done} is committed")

@@ -14,6 +14,8 @@ from trainer import distributed
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint.mismatch import compare_meta
 from trainer.checkpoint.peers import Peers
+from trainer.config.checks import check_train
+from trainer.config.problem import ConfigError, Problem
 from trainer.config.train import TrainConfig
 from trainer.contract import Exit
 from trainer.data import BatchLoader, Data, differences, open_data
@@ -39,6 +41,7 @@ def run(config: TrainConfig) -> Exit:
     world = distributed.initialise(config.distributed)
     if config.compile_cache:
         enable_compile_cache(config.compile_cache)
+    _require_consistent(config, world)
     layout = Layout(build_mesh(config.mesh, jax.devices(), slices=world.slices))
     data = open_data(config, process_index=world.process_index, process_count=world.process_count)
     _require_same_data(data)
@@ -49,6 +52,7 @@ def run(config: TrainConfig) -> Exit:
     begin = checkpoints.latest_step()
     if begin is not None:
         _require_same_run(config, checkpoints.meta(begin), meta(begin))
+        _require_steps_ahead(config, begin)
     reporter = Reporter(config, config.run_directory, header, primary=world.process_index == 0)
     profiler = Profiler(config.profiler, config.run_directory, world.process_index)
     try:
@@ -95,14 +99,29 @@ def _evaluation(config: TrainConfig, data: Data, layout: Layout, eval_step: Eval
     split = data.eval
     assert split is not None and config.eval is not None
     feed = Feed(layout, split.global_batch, config.batch.sequence_length)
+    # Compiled, because placing a host value on the devices of other processes compares it on all of them first.
+    zero = jax.jit(LossSums.zero, out_shardings=layout.replicated)
 
     def evaluate(state: nnx.State) -> LossSums:
-        sums = jax.device_put(LossSums.zero(), layout.replicated)
+        sums = zero()
         for _, batch in BatchLoader(split, local_rows=feed.local_rows, prefetch_batches=config.data.prefetch_batches):
             sums = eval_step(state, sums, feed(batch))
         return sums
 
     return evaluate
+
+
+def _require_consistent(config: TrainConfig, world: distributed.World) -> None:
+    """Raises ConfigError with every rule across nodes that the config breaks on the devices that are there."""
+    devices = world.devices_per_slice
+    if problems := list(check_train(config, slices=world.slices, devices_per_slice=devices, processes=world.process_count)):
+        raise ConfigError(problems)
+
+
+def _require_steps_ahead(config: TrainConfig, begin: int) -> None:
+    if begin > config.steps:
+        message = f"is {config.steps}, but the run directory already holds a checkpoint of step {begin}"
+        raise ConfigError([Problem(path="steps", message=message, hint="raise steps, or use another run_directory", code="steps")])
 
 
 def _require_same_data(data: Data) -> None:

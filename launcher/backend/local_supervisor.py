@@ -87,6 +87,7 @@ class Supervisor:
             self.running[child.pid] = (name, process)
             child.returncode = 0  # this loop collects it
             pod["metadata"]["annotations"][IDENTITY_ANNOTATION] = f"{child.pid} {process_start(child.pid)}"
+            pod["spec"] = {**pod["spec"], "nodeName": f"pid {child.pid}"}  # what a user would look for on this machine
             self.control.pod_started(name)
 
     def _reap(self) -> None:

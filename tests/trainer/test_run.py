@@ -16,7 +16,7 @@ import pytest
 from tests.trainer.configs import config, layout
 from trainer import run as run_module
 from trainer.checkpoint import Checkpoints
-from trainer.config import TrainConfig
+from trainer.config import ConfigError, TrainConfig
 from trainer.contract import Exit
 from trainer.errors import NumericsError, Preempted, ResumeMismatch
 from trainer.run import run
@@ -100,6 +100,17 @@ def test_a_resumed_run_traces_and_compiles_the_step_once_and_ends_with_the_same_
     assert losses(tmp_path) == losses(plain)
 
 
+def test_fewer_steps_than_are_done_are_refused(plain: Path) -> None:
+    with pytest.raises(ConfigError, match="is 4, but the run directory already holds a checkpoint of step 6"):
+        run(small(plain, steps=4, checkpoint={"every_steps": 3, "allow_mismatch": ["steps"]}))
+
+
+def test_what_the_devices_cannot_carry_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"batch\.global_batch"):
+        run(small(tmp_path, batch={"global_batch": 12, "sequence_length": 16}))
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_learning_rate_is_refused_at_resume_with_both_values_named(plain: Path) -> None:
     with pytest.raises(ResumeMismatch, match=r"schedule.learning_rate: saved 0.003, now 0.1"):
         run(small(plain, "schedule.learning_rate=0.1"))
@@ -147,7 +158,7 @@ def host_reads_of_the_loop(directory: Path, monkeypatch: pytest.MonkeyPatch, ste
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "make_train_step", make)
         reads = HostReads(patch)
-        run(small(directory, steps=steps, checkpoint={"every_steps": 100}))
+        run(small(directory, steps=steps, checkpoint={"every_steps": 100}, eval={"every_steps": steps}))
         return reads.count
 
 

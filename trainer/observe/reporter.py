@@ -127,7 +127,7 @@ class Reporter:
 
     def _evaluated_after(self, step: int) -> bool:
         every = self._config.eval.every_steps if self._config.eval else None
-        return every is not None and (step + 1) % every == 0
+        return every is not None and ((step + 1) % every == 0 or step + 1 == self._config.steps)
 
     def _speed(self, seconds: float, values: Mapping[str, float]) -> dict[str, float]:
         """Throughput at `seconds` a step. `tokens_per_second` counts every position of the batch, padding included."""

@@ -20,8 +20,6 @@ from trainer.config.presets import preset_names
 from trainer.errors import CheckpointError
 from trainer.parallel.sharding import Layout
 
-pytest_plugins = ["tests.gcs_emulator"]
-
 
 def read_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
