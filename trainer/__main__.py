@@ -25,4 +25,4 @@ if __name__ == "__main__":
 
     from trainer.parent.process import main
 
-    sys.exit(main(sys.argv[1:], _early))
+    main(sys.argv[1:], _early)

@@ -5,6 +5,7 @@ Standard library only, so that a test of the parent costs a tenth of a second.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import subprocess
@@ -45,7 +46,7 @@ def child(mode: str, file: str) -> None:
         case "abort" | "peer":
             print(PEER_DIED if mode == "peer" else "one of its own", file=sys.stderr, flush=True)
             os.abort()
-        case "code":
+        case "code" | "shutdown":
             print("last words", file=sys.stderr)
             os._exit(int(file))
         case "said":
@@ -77,9 +78,11 @@ def main(mode: str, file: str = "") -> None:
         return
     early: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
-    from trainer.parent.process import Parent
+    from trainer.parent.process import Parent, leave
 
-    sys.exit(Parent([sys.executable, "-m", "tests.trainer.parent_program", mode, file]).run(early))
+    if mode == "shutdown":  # the moment at the end when Python has no handlers any more and a SIGTERM comes
+        atexit.register(lambda: (signal.signal(signal.SIGTERM, signal.SIG_DFL), os.kill(os.getpid(), signal.SIGTERM)))
+    leave(Parent([sys.executable, "-m", "tests.trainer.parent_program", mode, file]).run(early))
 
 
 if __name__ == "__main__":

@@ -187,6 +187,12 @@ def test_other_exit_codes_pass_through_with_the_last_line_as_the_cause(start: St
     assert (tmp_path / "termination-log").read_text() == "last words"
 
 
+def test_a_sigterm_while_the_parent_shuts_down_does_not_replace_the_exit_code(start: Start) -> None:
+    process = start("shutdown", 77)
+    process.communicate()
+    assert process.returncode == 77
+
+
 def test_a_child_that_hangs_after_its_announcement_does_not_hold_up_a_sigterm_twice(start: Start) -> None:
     process = start("said", 0)
     assert line(process) == "started"

@@ -36,9 +36,9 @@ def world(folder: Path) -> None:
 def main(folder: str) -> None:
     if link.VARIABLE in os.environ:
         return world(Path(folder))
-    from trainer.parent.process import Parent
+    from trainer.parent.process import Parent, leave
 
-    sys.exit(Parent([sys.executable, "-m", "tests.trainer.world_program", folder]).run())
+    leave(Parent([sys.executable, "-m", "tests.trainer.world_program", folder]).run())
 
 
 if __name__ == "__main__":

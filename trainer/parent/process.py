@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from io import BufferedRandom, FileIO
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from trainer.contract import FREE_EXIT_CODES, GRACE_SECONDS, SURVIVOR_WAIT_SECONDS
 from trainer.parent.evidence import TAIL_BYTES, container_memory_kills, redact, write_bundle, write_termination_message
@@ -33,9 +33,17 @@ EARLY_BYTES: Final = 1 << 20
 """Output kept until the child has said where its log file is."""
 
 
-def main(arguments: Sequence[str], early_signals: Sequence[int] = ()) -> int:
+def main(arguments: Sequence[str], early_signals: Sequence[int] = ()) -> NoReturn:
     """Train under a parent; `arguments` are the worker's."""
-    return Parent([sys.executable, "-m", "trainer.worker", *arguments]).run(early_signals)
+    leave(Parent([sys.executable, "-m", "trainer.worker", *arguments]).run(early_signals))
+
+
+def leave(code: int) -> NoReturn:
+    """End without Python's shutdown, which takes the handlers away first: a SIGTERM then would replace the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads there any more
+            stream.flush()
+    os._exit(code)
 
 
 class Parent:
