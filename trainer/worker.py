@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _train(options: argparse.Namespace) -> Exit:
     config = load_train_config(options.config, options.set)
     rank = rank_from_environment(os.environ)
+    link.tell(processes=rank.process_count)
     if not config.run_directory.startswith("gs://"):
         link.tell(log_file=os.path.abspath(log_file(config, rank)))
     if rank.process_index == 0:

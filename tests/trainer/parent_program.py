@@ -19,6 +19,12 @@ PEER_DIED = (
     "Terminating process because the JAX distributed service detected fatal errors. This most likely indicates that another task died"
 )
 
+GLOO_DIED = (
+    "terminate called after throwing an instance of 'gloo::EnforceNotMet'\n"
+    "  what():  [enforce fail at external/gloo/gloo/transport/tcp/pair.cc:446] op.preamble.nbytes == buf->size_. "
+    "Received data size doesn't match expected size. Is there a send/recv mismatch in your collective calls?"
+)
+
 
 def wait() -> None:
     """For a signal without a handler; a signal with one does not end it."""
@@ -43,8 +49,9 @@ def child(mode: str, file: str) -> None:
                 signal.pause()
             link.tell(exit_code=75, message=f"asked at {asked[0]}")
             os.abort()  # taking itself apart goes wrong
-        case "abort" | "peer":
-            print(PEER_DIED if mode == "peer" else "one of its own", file=sys.stderr, flush=True)
+        case "abort" | "peer" | "gloo":
+            print({"peer": PEER_DIED, "gloo": GLOO_DIED}.get(mode, "one of its own"), file=sys.stderr, flush=True)
+            link.tell(processes=2)
             os.abort()
         case "code" | "shutdown":
             print("last words", file=sys.stderr)

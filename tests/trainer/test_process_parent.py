@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.parent_program import PEER_DIED
+from tests.trainer.parent_program import GLOO_DIED, PEER_DIED
 from trainer.contract import FREE_EXIT_CODES, GRACE_SECONDS, TERMINATION_LOG
 from trainer.parent.evidence import REMOVED, redact, without_secrets
 from trainer.parent.verdict import Ending, Verdict, verdict
@@ -79,6 +79,11 @@ def parent_of(process: subprocess.Popen[str], prefix: tuple[str, ...]) -> int:
         (Ending(status=-signal.SIGTERM), 143, False),
         (Ending(status=-signal.SIGABRT, tail=PEER_DIED), 76, True),
         (Ending(status=-signal.SIGSEGV, tail=PEER_DIED), 76, True),
+        (Ending(status=-signal.SIGABRT, tail=GLOO_DIED, processes=2), 76, True),
+        (Ending(status=-signal.SIGABRT, tail="INTERNAL: Gloo all-reduce failed: Connection reset", processes=2), 76, True),
+        (Ending(status=-signal.SIGSEGV, tail="[pair.cc:547] Connection closed by peer [127.0.0.1]:2", processes=2), 76, True),
+        (Ending(status=-signal.SIGABRT, tail=GLOO_DIED), 134, False),
+        (Ending(status=-signal.SIGABRT, tail="one of its own", processes=2), 134, False),
         (Ending(status=76), 76, False),
         (Ending(status=-signal.SIGABRT, announced=76), 76, True),
         (Ending(status=-signal.SIGABRT, announced=0), 0, False),
@@ -167,11 +172,17 @@ def test_a_process_with_the_cause_ends_at_once_and_leaves_its_stack(start: Start
     assert (tmp_path / "termination-log").read_text() == "ended by SIGABRT during startup"
 
 
-def test_a_survivor_of_a_dead_peer_lets_the_cause_be_seen_first_unless_it_is_asked_to_leave(start: Start) -> None:
-    process = start("peer")
+@pytest.mark.parametrize("mode", ("peer", "gloo"))
+def test_a_survivor_of_a_dead_peer_lets_the_cause_be_seen_first_unless_it_is_asked_to_leave(
+    start: Start, tmp_path: Path, mode: str
+) -> None:
+    process = start(mode)
     assert process.stderr is not None
-    while "exit code 76" not in process.stderr.readline():
-        pass
+    shown = ""
+    while "exit code 76" not in shown:
+        shown += process.stderr.readline()
+    (bundle,) = tmp_path.glob("*crash*.json")
+    assert "Fatal Python error" not in shown and "Fatal Python error: Aborted" in json.loads(bundle.read_text())["stacks"]
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
     process.send_signal(signal.SIGTERM)

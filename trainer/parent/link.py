@@ -1,6 +1,6 @@
 """The child's side of the pipe to its parent. Without a parent every call does nothing.
 
-One JSON object a line, from child to parent: `log_file` (where to keep a copy of the output), `phase`
+One JSON object a line, from child to parent: `processes` of the run, `log_file` (where to keep a copy of the output), `phase`
 (`training`: from now on there may be unsaved steps), `step`, and last `exit_code` with its `message`.
 """
 

@@ -59,6 +59,7 @@ class Parent:
         self.killed: Killed = ""
         self.phase = "startup"
         self.step: int | None = None
+        self.processes = 1
         self.announced: int | None = None
         self.announced_at = 0.0
         self.message = ""
@@ -95,6 +96,7 @@ class Parent:
                 announced=self.announced,
                 message=self.message,
                 phase=self.phase,
+                processes=self.processes,
                 asked=self.requests > 0,
                 killed=self.killed,
                 tail=self.output.tail(),
@@ -224,6 +226,7 @@ class Parent:
     def _hear(self, facts: dict[str, Any]) -> None:
         self.phase = facts.get("phase", self.phase)
         self.step = facts.get("step", self.step)
+        self.processes = facts.get("processes", self.processes)
         if "log_file" in facts:
             self.output.keep_in(Path(facts["log_file"]))
         if "exit_code" in facts:
@@ -264,7 +267,7 @@ class Parent:
                 "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
             }
             bundle = write_bundle(self.output.path, facts, tail=self.output.tail(), stacks=text, environment=os.environ)
-        if text:
+        if text and not (outcome.survivor and bundle):  # where another process is the cause, they only hide it
             self.output.write(text.encode(), 2)
         self.output.write(f"{line}{f' (evidence: {bundle})' if bundle else ''}\n".encode(), 2)
         write_termination_message(outcome.cause, os.environ)

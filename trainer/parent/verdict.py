@@ -17,6 +17,8 @@ _SHARED_FATE: Final = re.compile(
     r"|(?:coordination service|Coordination service|JAX distributed).{0,300}(?:unhealthy|heartbeat|another task died|UNAVAILABLE)",
     re.DOTALL,
 )
+# On CPU devices Gloo may notice it first, and throws where nothing catches: the other side closed, or half a message came.
+_GLOO: Final = re.compile(r"gloo::|gloo/transport|Gloo [\w-]+ failed|Connection closed by peer")
 _SILENT: Final = re.compile(r"tasks are unhealthy \(stopped sending heartbeats\):\n([^\n]{1,200})")
 _ABORTS: Final = (signal.SIGABRT, signal.SIGSEGV)
 
@@ -29,6 +31,7 @@ class Ending:
     announced: int | None = None  # the exit code it said it would have
     message: str = ""  # the words with it
     phase: str = "startup"
+    processes: int = 1  # of the run
     asked: bool = False  # to leave, by SIGTERM or SIGINT
     killed: Killed = ""  # why the parent killed it
     tail: str = ""  # the last of its output
@@ -62,6 +65,8 @@ def verdict(ending: Ending) -> Verdict:
         silent = _SILENT.search(ending.tail)
         who = f"task {silent[1].strip()} stopped sending heartbeats" if silent else "a task died"
         return Verdict(code=Exit.PEER, cause=f"{who}; JAX ended this process with {_name(number)}", survivor=True)
+    if number in _ABORTS and ending.processes > 1 and _GLOO.search(ending.tail):
+        return Verdict(code=Exit.PEER, cause=f"lost the connection to a peer; Gloo ended this process with {_name(number)}", survivor=True)
     if number == signal.SIGKILL:
         return Verdict(code=137, cause="killed: out of memory" if ending.out_of_memory else "killed with SIGKILL by someone else")
     return Verdict(code=128 + number, cause=f"ended by {_name(number)} during {ending.phase}")
