@@ -1,16 +1,20 @@
 #!/bin/sh
 # Make .venv ready: `./setup.sh LOCK` installs requirements/LOCK.txt (hash-checked), then this project on top.
-# Needs a Python >= 3.12 with venv; never touches anything outside .venv. Run again, it only looks at a stamp.
+# Needs a Python >= 3.12 with venv; never touches anything outside .venv. Run again, it only looks at a stamp of
+# lock, project file, interpreter and place.
 set -eu
 cd "$(dirname "$0")"
-lock=requirements/$1.txt
+lock=requirements/${1:?usage: ./setup.sh launcher|train|dev}.txt
 
 usable() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; }
 
 find_python() {
+    if [ -n "${PYTHON:-}" ] && ! usable "$PYTHON"; then
+        echo "warning: PYTHON=$PYTHON does not run, is older than 3.12, or lacks venv; looking for another" >&2
+    fi
     # A candidate is run, not only looked up: a version manager's shim may exist and fail.
     for candidate in ${PYTHON:+"$PYTHON"} python3.14 python3.13 python3.12 python3 \
-        "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python3; do
+        "${PYENV_ROOT:-${HOME:-/nonexistent}/.pyenv}"/versions/3.1[2-9]*/bin/python3; do
         if usable "$candidate"; then
             "$candidate" -c 'import os, sys; print(os.path.realpath(sys.executable))'
             return
@@ -28,7 +32,7 @@ MESSAGE
 }
 
 digest() { if command -v sha256sum >/dev/null 2>&1; then sha256sum; else shasum -a 256; fi | cut -c1-64; }
-stamp_of() { { cat "requirements/$1.txt" pyproject.toml; .venv/bin/python -VV; } | digest; }
+stamp_of() { { cat "requirements/$1.txt" pyproject.toml; .venv/bin/python -VV; pwd; } | digest; }
 installed() { [ -x .venv/bin/python ] && [ -f ".venv/stamp-$1" ] && [ "$(cat ".venv/stamp-$1")" = "$(stamp_of "$1")" ]; }
 
 # The developer's lock holds everything the trainer's does.
