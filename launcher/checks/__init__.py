@@ -23,6 +23,7 @@ Target = Literal["kubernetes", "local"]
 
 SPEC_RULES: Final[tuple[Callable[[JobSpec], Iterator[Problem]], ...]] = (
     names.name_is_a_label,
+    names.created_account_is_the_jobs_own,
     names.subdomain_is_a_label,
     names.object_names,
     names.selector_values,

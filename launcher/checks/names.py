@@ -39,6 +39,15 @@ def name_is_a_label(spec: JobSpec) -> Iterator[Problem]:
         yield Problem(path="name", message=message, hint=f"such as {slug or 'my-run'!r}", code="name", value=spec.name)
 
 
+def created_account_is_the_jobs_own(spec: JobSpec) -> Iterator[Problem]:
+    """The created account has the job's name; every namespace has one called `default`, which other pods use."""
+    if spec.name == "default" and spec.service_account is None:
+        message = "'default' is also the name of the account of a namespace's other pods, which the job's own account would replace"
+        yield Problem(
+            path="name", message=message, hint="another name, or `service_account: default`", code="account-name", value=spec.name
+        )
+
+
 def job_names_fit(spec: JobSpec, layout: Layout) -> Iterator[Problem]:
     """len(js) + len(rj) + d(R-1) + 2 <= 63: the child Jobs' names."""
     rest = len(contract.REPLICATED_JOB) + digits(layout.slices - 1) + 2
