@@ -30,6 +30,15 @@ JOBSET_FIELDS: Final = {
 
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _RESERVED: Final = ("NNX_", "TPU_", "MEGASCALE_", "JOB_COMPLETION_INDEX", "JAX_COORDINATOR_", "JAX_PROCESS_ID", "JAX_NUM_PROCESSES")
+_FIXED: Final = {
+    "JAX_PLATFORMS": ("follows from `tpu` or `cpu`; another platform would not have the devices of the mesh", "leave it out"),
+    "JAX_NUM_CPU_DEVICES": ("follows from `cpu.devices_per_host`", "set `cpu.devices_per_host`"),
+    "PYTHONPATH": ("is where the image keeps the trainer, which would not be found elsewhere", "install packages into the image"),
+    "PATH": ("is where the image keeps its Python, which the command is run with", "install programs into the image"),
+    "HOME": ("is /tmp, the one folder one may write to below a read-only root", "set the variable of the program, such as HF_HOME"),
+}
+"""Variables on which the pod's command depends, with the reason and a way out."""
+
 _HOST = r"[a-zA-Z0-9]([-a-zA-Z0-9]*[a-zA-Z0-9])?"
 _PORT = r":[0-9]{1,5}"
 _DOMAIN = rf"(localhost({_PORT})?|{_HOST}(\.{_HOST})+({_PORT})?|{_HOST}{_PORT})"  # else the first part is a folder of Docker Hub
@@ -91,11 +100,14 @@ def jobset_knows_the_fields(spec: JobSpec) -> Iterator[Problem]:
 
 
 def environment_is_valid(spec: JobSpec) -> Iterator[Problem]:
-    """Names a shell could use; none that the launcher, Kubernetes or the TPU runtime sets."""
+    """Names a shell could use; none that the launcher, its image, Kubernetes or the TPU runtime sets."""
     for name in spec.env:
         if not _ENV_NAME.fullmatch(name):
             message = f"{name[:80]!r} is not the name of a variable: letters, digits, '_'"
             yield Problem(path=f"env.{name}", message=message, hint="such as MY_SETTING", code="env-name", value=name)
+        elif name in _FIXED:
+            reason, hint = _FIXED[name]
+            yield Problem(path=f"env.{name}", message=f"{name} {reason}", hint=hint, code="env-reserved", value=name)
         elif name.startswith(_RESERVED):
             message = f"{name} is set by the launcher or the TPU runtime; a fixed value would be wrong after a restart"
             yield Problem(path=f"env.{name}", message=message, hint="leave it out", code="env-reserved", value=name)

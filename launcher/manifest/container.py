@@ -54,7 +54,7 @@ def pull_policy(image: Image) -> str:
 
 
 def environment(spec: JobSpec) -> list[Manifest]:
-    """The contract's variables, then the spec's own."""
+    """The contract's variables, then the spec's own, which a rule of launcher.checks keeps apart."""
     layout = spec.layout
     ours: list[Manifest] = [
         {"name": contract.RUN_NAME, "value": spec.name},
@@ -80,8 +80,7 @@ def environment(spec: JobSpec) -> list[Manifest]:
             {"name": contract.DEVICES_PER_HOST, "value": str(layout.devices_per_host)},
             {"name": "JAX_PLATFORMS", "value": "cpu"},
         ]
-    given = [_given(name, value) for name, value in sorted(spec.env.items())]
-    return [entry for entry in ours if entry["name"] not in spec.env] + given
+    return ours + [_given(name, value) for name, value in sorted(spec.env.items())]
 
 
 def _from_field(name: str, path: str) -> Manifest:

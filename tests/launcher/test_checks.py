@@ -40,6 +40,7 @@ RULES = [
     # document, overrides refused, overrides accepted, path, code
     (TPU, ["name=Run"], ["name=run-2"], "name", "name"),
     (TPU, ["name=2run"], ["name=run2"], "name", "name"),
+    (TPU, ["name=default"], ["name=default", "service_account=default"], "name", "account-name"),
     # Pods are called NAME-slice-0-3-abcde: 63 - 5 - 1 - 1 - 9 = 47.
     (TPU, [f"name={'a' * 48}", "network.subdomain=n"], [f"name={'a' * 47}", "network.subdomain=n"], "name", "pod-name-length"),
     # Two digits of hosts and of slices: 63 - 5 - 2 - 2 - 9 = 45.
@@ -101,6 +102,11 @@ RULES = [
     (TPU, ["env={a-b: x}"], ["env={a_b: x}"], "env.a-b", "env-name"),
     (TPU, ["env={NNX_JOB_INDEX: '0'}"], ["env={MY_JOB_INDEX: '0'}"], "env.NNX_JOB_INDEX", "env-reserved"),
     (TPU, ["env={MEGASCALE_SLICE_ID: '0'}"], ["env={XLA_FLAGS: '0'}"], "env.MEGASCALE_SLICE_ID", "env-reserved"),
+    (TPU, ["env={JAX_PLATFORMS: cpu}"], ["env={JAX_TRACEBACK_FILTERING: 'off'}"], "env.JAX_PLATFORMS", "env-reserved"),
+    (TPU, ["env={JAX_NUM_CPU_DEVICES: '8'}"], ["env={JAX_LOG_COMPILES: '1'}"], "env.JAX_NUM_CPU_DEVICES", "env-reserved"),
+    (TPU, ["env={PYTHONPATH: /mine}"], ["env={PYTHONFAULTHANDLER: '1'}"], "env.PYTHONPATH", "env-reserved"),
+    (TPU, ["env={PATH: {secretKeyRef: {name: a, key: b}}}"], ["env={MY_PATH: /bin}"], "env.PATH", "env-reserved"),
+    (TPU, ["env={HOME: /home/me}"], ["env={HF_HOME: /tmp/hf}"], "env.HOME", "env-reserved"),
     (TPU, ["env={HF_TOKEN: x}"], ["env={HF_TOKEN: {secretKeyRef: {name: a, key: b}}}"], "env.HF_TOKEN", "secret"),
     (TPU, ["env={TOKENIZERS_TOKEN: x}"], ["env={TOKENIZERS_PARALLELISM: 'false'}"], "env.TOKENIZERS_TOKEN", "secret"),
     (TPU, ["env={DB: 'postgres://me:hunter2@db/x'}"], ["env={DB: 'postgres://db/x'}"], "env.DB", "secret"),
