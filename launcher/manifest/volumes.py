@@ -25,7 +25,7 @@ def volumes(spec: JobSpec) -> list[Manifest]:
     own: list[Manifest] = [
         {"name": "config", "configMap": {"name": names.config_map(spec)}},
         {"name": "tmp", "emptyDir": {}},
-        {"name": "shm", "emptyDir": {"medium": "Memory"}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{spec.resources.shared_memory_gib}Gi"}},
     ]
     return own + [{"name": volume_name(index), **_source(volume)} for index, volume in enumerate(spec.volumes)]
 

@@ -99,12 +99,14 @@ Quantity = Annotated[str, BeforeValidator(_quantity), Field(pattern=r"^[0-9]+(\.
 
 
 class Resources(Node):
-    """CPU and memory of the trainer container. Under Kueue the queue must cover what is named here."""
+    """CPU and memory of the trainer container. Under Kueue the queue must cover the CPUs and the memory named here."""
 
     cpu: Quantity | None = None
     """Requested CPUs; not a limit."""
     memory: Quantity | None = None
     """Requested memory, and the limit above which the kernel kills the pod."""
+    shared_memory_gib: Gib = 8
+    """Size of /dev/shm. What is in it counts as memory of the container."""
 
 
 class Network(Node):

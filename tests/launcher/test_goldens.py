@@ -115,6 +115,12 @@ def test_host_networking_changes_the_dns_policy_with_it_and_drops_the_policy_tha
     assert [manifest["kind"] for manifest in render(spec)] == ["ConfigMap", "JobSet"]
 
 
+def test_shared_memory_has_a_size_of_its_own() -> None:
+    sizes = [volume["emptyDir"]["sizeLimit"] for spec in (example("v5e-16"), example("v5e-16", "resources.shared_memory_gib=2"))
+             for volume in pod_of(spec)["volumes"] if volume["name"] == "shm"]  # fmt: skip
+    assert sizes == ["8Gi", "2Gi"]
+
+
 def test_two_jobs_of_a_namespace_have_different_headless_services() -> None:
     one, two = example("v5e-16"), example("v5e-16", "name=another")
     assert one.subdomain != two.subdomain and len(one.subdomain) == 6
