@@ -72,30 +72,33 @@ def main(work: Path) -> int:
     path.write_text(json.dumps(result, indent=1) + "\n")
     subprocess.run([torch_python(), str(Path(__file__).with_name("learning_plot.py")), str(path)], check=True)
     for name, run in runs.items():
-        print(f"{name:18} {run['bits_per_byte']:.4f} bits per byte  {run['cpu_seconds']:.0f} CPU-s")
+        print(f"{name:18} {run['bits_per_byte']:.4f} bits per byte")
     for name, ratio in ratios.items():
         print(f"{name:18} {ratio:.4f}")
     return 0 if all(abs(ratio - 1) <= TOLERANCE for ratio in ratios.values()) else 1
 
 
 def trained(config: dict[str, Any]) -> dict[str, Any]:
-    """Run the trainer itself; losses of every tenth step and the sums over the held-out set."""
+    """Run the trainer itself; losses of every tenth step and the sum over the held-out set."""
     directory = Path(config["run_directory"])
-    directory.mkdir(exist_ok=True)
-    file = directory / "config.json"
-    file.write_text(json.dumps(config))
-    begin = os.times()
-    subprocess.run([sys.executable, "-m", "trainer", "--config", str(file)], cwd=ROOT, env=environment(), check=True)
-    end = os.times()
-    lines = [json.loads(line) for line in (directory / "metrics" / "metrics.jsonl").read_text().splitlines()]
+    if not any(line["kind"] == "eval" for line in told(directory)):
+        directory.mkdir(exist_ok=True)
+        file = directory / "config.json"
+        file.write_text(json.dumps(config))
+        subprocess.run([sys.executable, "-m", "trainer", "--config", str(file)], cwd=ROOT, env=environment(), check=True)
+    lines = told(directory)
     losses = {line["step"]: line["loss"] for line in lines if line["kind"] == "step"}
     evaluation = next(line for line in lines if line["kind"] == "eval")
-    cpu = end.children_user + end.children_system - begin.children_user - begin.children_system
     return {
         "loss": smoothed([losses[step] for step in range(STEPS)]),
         "eval_cross_entropy": evaluation["loss"] * evaluation["tokens"],
-        "cpu_seconds": round(cpu, 1),
     }
+
+
+def told(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics; none before it began."""
+    file = directory / "metrics" / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def same_start(config: dict[str, Any], folder: Path) -> None:
