@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,15 +33,10 @@ LAUNCHER_LAYERS: tuple[tuple[str, ...], ...] = (
     ("launcher.tpu",),
     ("launcher.errors", "launcher.redact", "launcher.kinds"),
 )
-WITHOUT_JAX = (
-    "launcher.cli",
-    "launcher.spec",
-    "launcher.checks",
-    "launcher.manifest",
-    "trainer.contract",
-    "trainer.config",
-    "trainer.__main__",
-)
+HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "numpy", "kubernetes", "google.cloud.storage")
+WITHOUT_JAX = ("trainer.contract", "trainer.config", "trainer.__main__")
+KUBERNETES_CLIENT = "launcher.backend.kubernetes"
+"""The modules that begin like this may import the client."""
 MAX_LINES = 400
 
 
@@ -53,13 +48,34 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 
 def imports(path: Path) -> set[str]:
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
-    return found
+    """Every name a module imports, at its top or inside a function, in absolute form."""
+    package = path.parent.relative_to(ROOT).parts
+    return {name for node in ast.walk(ast.parse(path.read_text())) for name in imported(node, package)}
+
+
+def imported(node: ast.AST, package: tuple[str, ...]) -> set[str]:
+    """Names of one statement of a module of `package`."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if not isinstance(node, ast.ImportFrom):
+        return set()
+    base = package[: len(package) + 1 - node.level] if node.level else ()
+    origin = ".".join((*base, *([node.module] if node.module else ())))
+    return {origin, *(f"{origin}.{alias.name}" for alias in node.names)}
+
+
+@pytest.mark.parametrize(
+    ("statement", "names"),
+    [
+        ("import a.b, c", {"a.b", "c"}),
+        ("from a import b", {"a", "a.b"}),
+        ("from . import x", {"p.q", "p.q.x"}),
+        ("from .x import y", {"p.q.x", "p.q.x.y"}),
+        ("from ..x import y", {"p.x", "p.x.y"}),
+    ],
+)
+def test_imports_of_every_form_are_counted(statement: str, names: set[str]) -> None:
+    assert imported(ast.parse(statement).body[0], ("p", "q")) == names
 
 
 def layer(module: str, layers: tuple[tuple[str, ...], ...]) -> int | None:
@@ -103,15 +119,30 @@ def test_the_model_knows_no_mesh_and_only_one_module_knows_the_kubernetes_client
         if module.startswith("trainer.model"):
             assert not {name for name in found if name.startswith(("jax.sharding", "trainer.parallel.mesh"))}, module
         if any(name.split(".")[0] == "kubernetes" for name in found):
-            assert module.startswith("launcher.backend.kubernetes"), module
+            assert module.startswith(KUBERNETES_CLIENT), module
+
+
+def loaded_by(names: Iterable[str]) -> list[str]:
+    """What is heavy of all that a fresh interpreter has loaded after importing `names`."""
+    program = f"import {', '.join(names)}, sys; print(*[name for name in {HEAVY} if name in sys.modules])"
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 
 
 @pytest.mark.parametrize("module", WITHOUT_JAX)
 def test_a_fresh_interpreter_imports_it_without_jax(module: str) -> None:
-    heavy = "('jax', 'jaxlib', 'flax', 'optax', 'orbax', 'numpy', 'kubernetes', 'google.cloud.storage')"
-    program = f"import {module}, sys; print([name for name in {heavy} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    assert loaded_by([module]) == []
+
+
+def test_a_fresh_interpreter_imports_the_whole_launcher_without_jax_and_without_a_client() -> None:
+    names = [module for module, _ in modules() if module.startswith("launcher") and not module.startswith(KUBERNETES_CLIENT)]
+    assert len(names) > 50 and loaded_by(names) == []
+
+
+def test_no_launcher_module_names_an_array_library_even_inside_a_function() -> None:
+    arrays = {"jax", "jaxlib", "flax", "optax", "orbax", "numpy"}
+    wrong = {module: found for module, path in modules() if module.startswith("launcher")
+             if (found := {name for name in imports(path) if name.split(".")[0] in arrays})}  # fmt: skip
+    assert not wrong
 
 
 def test_no_source_file_is_longer_than_the_limit() -> None:
