@@ -1,6 +1,7 @@
 """The limit on attempts without progress, which no restart budget gives: free restarts are unbounded.
 
-Process 0 records in the run directory at which committed step each attempt starts. No JAX here.
+Process 0 records in the run directory at which committed step each attempt starts, once its data are ready: preparing them
+may take many attempts, each of which keeps what the ones before it made. No JAX here.
 """
 
 from __future__ import annotations
@@ -23,30 +24,44 @@ class Attempt:
     started_at: str
 
 
-def record_attempt(run_directory: str, attempt: int) -> Attempt:
-    """Note that `attempt` starts now. Attempt 0 begins a new account; the same attempt twice (an eviction) counts once.
+def require_progress(run_directory: str, attempt: int) -> None:
+    """Before anything else in `attempt`. Attempt 0 begins a new account.
 
-    Raises NoProgress when ATTEMPTS_WITHOUT_PROGRESS attempts before it already started at the same committed step.
+    Raises NoProgress when ATTEMPTS_WITHOUT_PROGRESS recorded attempts before it started at the present committed step.
     """
-    storage = open_storage(run_directory)
-    steps = committed_steps(run_directory)
-    current = Attempt(attempt, steps[-1] if steps else None, datetime.now(UTC).isoformat(timespec="seconds"))
-    before: list[Attempt] = []
-    if attempt > 0:
-        try:
-            before = [Attempt(**entry) for entry in json.loads(storage.read(ATTEMPTS_FILE))["attempts"]]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            pass  # an account that is lost or torn begins anew: it only limits
-    account = [*(entry for entry in before if entry.attempt < attempt), current]
-    storage.write(ATTEMPTS_FILE, json.dumps({"attempts": [asdict(entry) for entry in account]}, indent=1).encode())
-    stuck = without_progress(account[:-1], current.committed_step)
+    if attempt == 0:
+        open_storage(run_directory).remove(ATTEMPTS_FILE)
+        return
+    committed_step = _committed_step(run_directory)
+    stuck = without_progress(_recorded(run_directory, before=attempt), committed_step)
     if stuck >= ATTEMPTS_WITHOUT_PROGRESS:
-        where = "before the first checkpoint" if current.committed_step is None else f"at checkpoint {current.committed_step}"
+        where = "before the first checkpoint" if committed_step is None else f"at checkpoint {committed_step}"
         raise NoProgress(
             f"the last {stuck} attempts started {where} and none saved a newer one",
             hint="read their logs; a shorter `checkpoint.every_steps` lets short attempts count. A new submit starts the account anew",
         )
+
+
+def record_attempt(run_directory: str, attempt: int) -> Attempt:
+    """Note that `attempt` has its data and starts now. The same attempt twice (an eviction) counts once."""
+    current = Attempt(attempt, _committed_step(run_directory), datetime.now(UTC).isoformat(timespec="seconds"))
+    account = [*_recorded(run_directory, before=attempt), current]
+    content = json.dumps({"attempts": [asdict(entry) for entry in account]}, indent=1)
+    open_storage(run_directory).write(ATTEMPTS_FILE, content.encode())
     return current
+
+
+def _committed_step(run_directory: str) -> int | None:
+    steps = committed_steps(run_directory)
+    return steps[-1] if steps else None
+
+
+def _recorded(run_directory: str, *, before: int) -> list[Attempt]:
+    try:
+        account = json.loads(open_storage(run_directory).read(ATTEMPTS_FILE))["attempts"]
+        return [entry for entry in (Attempt(**fields) for fields in account) if entry.attempt < before]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return []  # an account that is lost or torn begins anew: it only limits
 
 
 def without_progress(attempts: Sequence[Attempt], committed_step: int | None) -> int:

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from trainer import distributed
+from trainer.attempts import record_attempt
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint.mismatch import compare_meta
 from trainer.checkpoint.peers import Peers
@@ -45,6 +46,8 @@ def run(config: TrainConfig) -> Exit:
     layout = Layout(build_mesh(config.mesh, jax.devices(), slices=world.slices))
     data = open_data(config, process_index=world.process_index, process_count=world.process_count)
     _require_same_data(data)
+    if world.process_index == 0:
+        record_attempt(config.run_directory, world.attempt)
     spec = describe_state(config, layout)
     checkpoints = Checkpoints(config.checkpoint, config.run_directory)
     header = make_header(config, dict(layout.mesh.shape))

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from trainer.attempts import record_attempt
+from trainer.attempts import require_progress
 from trainer.config import ConfigError, TrainConfig, load_train_config
 from trainer.contract import DEVICES_PER_HOST, LOG_FOLDER, Exit
 from trainer.distributed import Rank, lost_peer, rank_from_environment, shutdown
@@ -54,7 +54,7 @@ def _train(options: argparse.Namespace) -> Exit:
     if not config.run_directory.startswith("gs://"):
         link.tell(log_file=os.path.abspath(log_file(config, rank)))
     if rank.process_index == 0:
-        record_attempt(config.run_directory, rank.attempt)
+        require_progress(config.run_directory, rank.attempt)
     prepare_environment()
     from trainer.run import run
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.attempts import Attempt, record_attempt, without_progress
+from trainer.attempts import Attempt, record_attempt, require_progress, without_progress
 from trainer.checkpoint.commit import COMMIT_FILE, Commit, encode
 from trainer.contract import ATTEMPT, ATTEMPTS_FILE, CHECKPOINT_FOLDER, DEVICES_PER_HOST, TERMINATION_LOG
 from trainer.distributed import lost_peer
@@ -66,10 +66,21 @@ def test_progress_restarts_the_count_and_attempt_zero_the_account(tmp_path: Path
     commit(tmp_path, 10)
     assert [record_attempt(run, attempt).committed_step for attempt in (3, 4, 5)] == [10] * 3
     with pytest.raises(NoProgress, match="at checkpoint 10") as refused:
-        record_attempt(run, 6)
+        require_progress(run, 6)
     assert refused.value.exit_code == 70
-    assert record_attempt(run, 0).committed_step == 10
-    assert record_attempt(run, 1).committed_step == 10
+    require_progress(run, 0)
+    require_progress(run, 6)
+
+
+def test_attempts_that_end_while_the_data_are_prepared_do_not_count(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    for attempt in range(5):  # none of them gets as far as being recorded
+        require_progress(run, attempt)
+    for attempt in (5, 6, 7):
+        require_progress(run, attempt)
+        record_attempt(run, attempt)
+    with pytest.raises(NoProgress, match="the last 3 attempts started before the first checkpoint"):
+        require_progress(run, 8)
 
 
 def test_an_attempt_started_twice_counts_once(tmp_path: Path) -> None:
@@ -81,7 +92,9 @@ def test_an_attempt_started_twice_counts_once(tmp_path: Path) -> None:
 def test_a_torn_account_begins_anew(tmp_path: Path) -> None:
     record_attempt(str(tmp_path), 0)
     (tmp_path / ATTEMPTS_FILE).write_text('{"attempts": [{"attempt"')
-    assert record_attempt(str(tmp_path), 1) == Attempt(1, None, record_attempt(str(tmp_path), 1).started_at)
+    require_progress(str(tmp_path), 1)
+    record_attempt(str(tmp_path), 1)
+    assert [entry["attempt"] for entry in json.loads((tmp_path / ATTEMPTS_FILE).read_text())["attempts"]] == [1]
 
 
 def test_only_the_latest_attempts_at_the_same_step_count() -> None:
