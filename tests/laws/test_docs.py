@@ -59,7 +59,7 @@ def test_every_plain_command_of_a_page_succeeds_in_order(page: Path, tmp_path: P
 
 @pytest.mark.parametrize("kind", ["cluster", "container", "run"])
 def test_every_command_that_needs_more_is_run_by_the_tests_that_have_it(kind: str) -> None:
-    folder = {"cluster": "cluster", "container": "container", "run": "trainer"}[kind]
+    folder = {"cluster": "cluster", "container": "container", "run": "launcher"}[kind]
     tests = "\n".join(path.read_text() for path in (ROOT / "tests" / folder).rglob("*.py"))
     for page in PAGES:
         for line in blocks(page, f"bash {kind}"):
