@@ -43,6 +43,15 @@ def test_a_bad_config_prints_every_problem_and_exits_64(tmp_path: Path) -> None:
         assert words in ended.stderr
     assert (tmp_path / "termination-log").read_text().startswith(("run_directory: is required", "steps:"))
     assert "Traceback" not in ended.stderr
+    assert ended.stderr.count("run_directory") == 1 and ended.stderr.endswith("\nexit code 64\n")
+    assert not list(tmp_path.glob("*crash*"))
+
+
+def test_wrong_usage_is_said_once_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    ended = train(tmp_path, "", "--cofnig")
+    assert ended.returncode == 2
+    assert ended.stderr.count("unrecognized arguments: --cofnig") == 1 and ended.stderr.endswith("\nexit code 2\n")
+    assert not list(tmp_path.glob("*crash*"))
 
 
 def test_three_attempts_without_progress_end_the_next_one_before_jax_is_imported(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from io import BufferedRandom, FileIO
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from trainer.contract import FREE_EXIT_CODES, GRACE_SECONDS, SURVIVOR_WAIT_SECONDS
+from trainer.contract import FREE_EXIT_CODES, GRACE_SECONDS, SURVIVOR_WAIT_SECONDS, Exit
 from trainer.parent.evidence import TAIL_BYTES, container_memory_kills, redact, write_bundle, write_termination_message
 from trainer.parent.link import STACKS_SIGNAL, VARIABLE
 from trainer.parent.verdict import Ending, Killed, Verdict, verdict
@@ -29,6 +29,8 @@ TEARDOWN_SECONDS: Final = 90
 STACKS_SECONDS: Final = 0.5
 CHATTER: Final = re.compile(rb"^\[Gloo\] Rank \d+ is connected to \d+ peer ranks\. Expected number[^\n]*\n", re.MULTILINE)
 """What Gloo prints for every group of devices and cannot be told not to: dozens of lines that say nothing."""
+EXPLAINED_EXIT_CODES: Final = (2, Exit.CONFIG)
+"""Wrong usage, or a config, data or checkpoint that cannot be used: what is wrong has been said, and no evidence adds to it."""
 EARLY_BYTES: Final = 1 << 20
 """Output kept until the child has said where its log file is."""
 
@@ -254,9 +256,11 @@ class Parent:
     def _keep_evidence(self, outcome: Verdict, stacks: BufferedRandom) -> None:
         stacks.seek(0)
         text = stacks.read().decode(errors="replace")
-        line = f"exit code {outcome.code}: {outcome.cause}"
+        tail = self.output.tail()
+        cause = next(iter(outcome.cause.splitlines()), "")
+        line = f"exit code {outcome.code}" + (f": {cause}" if cause not in tail else "")
         bundle = None
-        if outcome.code not in FREE_EXIT_CODES:
+        if outcome.code not in (*FREE_EXIT_CODES, *EXPLAINED_EXIT_CODES):
             facts = {
                 "exit_code": outcome.code,
                 "cause": redact(outcome.cause, os.environ),
@@ -266,7 +270,7 @@ class Parent:
                 "seconds": round(time.monotonic() - self.started, 3),
                 "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
             }
-            bundle = write_bundle(self.output.path, facts, tail=self.output.tail(), stacks=text, environment=os.environ)
+            bundle = write_bundle(self.output.path, facts, tail=tail, stacks=text, environment=os.environ)
         if text and not (outcome.survivor and bundle):  # where another process is the cause, they only hide it
             self.output.write(text.encode(), 2)
         self.output.write(f"{line}{f' (evidence: {bundle})' if bundle else ''}\n".encode(), 2)
