@@ -9,6 +9,7 @@ TrainerError
 ├── Preempted          asked to leave; whatever could be saved is committed (75)
 ├── PeerLost           another process vanished or never came (76)
 ├── WorldError         the processes do not form one world: a duplicate, a wrong count, another version (64)
+├── NotInstalled       JAX is missing (64)
 └── NoProgress         several attempts started at the same committed step (70)
 `trainer.config.ConfigError` (a ValueError, 64) stands beside it because the launcher raises it too.
 """
@@ -55,6 +56,10 @@ class PeerLost(TrainerError):
 
 
 class WorldError(TrainerError):
+    exit_code = Exit.CONFIG
+
+
+class NotInstalled(TrainerError):
     exit_code = Exit.CONFIG
 
 

@@ -17,6 +17,7 @@ from trainer.distributed import Rank, lost_peer, rank_from_environment, shutdown
 from trainer.distributed.preemption import install_handlers
 from trainer.errors import TrainerError
 from trainer.parent import link
+from trainer.parent.installed import require_jax
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _train(options: argparse.Namespace) -> Exit:
     config = load_train_config(options.config, options.set)
     rank = rank_from_environment(os.environ)
+    require_jax()
     link.tell(processes=rank.process_count)
     if not config.run_directory.startswith("gs://"):
         link.tell(log_file=os.path.abspath(log_file(config, rank)))

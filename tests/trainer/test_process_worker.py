@@ -36,6 +36,13 @@ def train(tmp_path: Path, config: str, *words: str, **environment: str) -> subpr
     )  # fmt: skip
 
 
+def valid(tmp_path: Path) -> str:
+    return (
+        f"{{run_directory: {tmp_path}/run, steps: 3, model: {{preset: tiny}}, batch: {{global_batch: 8, sequence_length: 64}},"
+        "schedule: {type: constant, learning_rate: 0.001}, data: {sources: [{type: synthetic}]}}"
+    )
+
+
 def test_a_bad_config_prints_every_problem_and_exits_64(tmp_path: Path) -> None:
     ended = train(tmp_path, "steps: 0\nmodel: {preset: tinny}\nsede: 1\n")
     assert ended.returncode == 64
@@ -54,15 +61,37 @@ def test_wrong_usage_is_said_once_and_leaves_nothing_behind(tmp_path: Path) -> N
     assert not list(tmp_path.glob("*crash*"))
 
 
+@pytest.fixture
+def launcher_only(tmp_path: Path) -> str:
+    """A PYTHONPATH on which what only training needs is not installed."""
+    folder = tmp_path / "path"
+    folder.mkdir()
+    missing = ("jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "gcsfs", "tokenizers")
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n")
+    return str(folder)
+
+
+def test_without_jax_training_says_what_to_install_and_writes_nothing(tmp_path: Path, launcher_only: str) -> None:
+    ended = train(tmp_path, valid(tmp_path), PYTHONPATH=launcher_only)
+    assert ended.returncode == 64
+    assert ended.stderr.startswith("error: JAX is not installed here") and "`./setup.sh train`" in ended.stderr
+    assert "Traceback" not in ended.stderr and not (tmp_path / "run").exists()
+
+
+def test_without_jax_the_smoke_test_says_what_to_install(launcher_only: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "trainer", "smoke"],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": launcher_only},
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (64, "")
+    assert ended.stderr.splitlines()[0].startswith("error: JAX is not installed here") and "`./setup.sh train`" in ended.stderr
+
+
 def test_three_attempts_without_progress_end_the_next_one_before_jax_is_imported(tmp_path: Path) -> None:
-    config = (
-        f"{{run_directory: {tmp_path}/run, steps: 3, model: {{preset: tiny}}, batch: {{global_batch: 8, sequence_length: 64}},"
-        "schedule: {type: constant, learning_rate: 0.001}, data: {sources: [{type: synthetic}]}}"
-    )
     run = tmp_path / "run"
     for attempt in range(3):
         record_attempt(str(run), attempt)
-    ended = train(tmp_path, config, **{ATTEMPT: "3", "JAX_PLATFORMS": "there is no such platform"})
+    ended = train(tmp_path, valid(tmp_path), **{ATTEMPT: "3", "JAX_PLATFORMS": "there is no such platform"})
     assert ended.returncode == 70
     message = (tmp_path / "termination-log").read_text()
     assert message == "the last 3 attempts started before the first checkpoint and none saved a newer one"

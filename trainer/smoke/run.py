@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from trainer.contract import DEVICES_PER_HOST, IMAGE_REVISION, METRICS_FOLDER, Exit
+from trainer.errors import NotInstalled
+from trainer.parent.installed import require_jax
 
 DEVICES: Final = 8
 STEPS: Final = 24
@@ -37,9 +39,14 @@ class Failed(Exception):
 
 
 def main() -> int:
-    """Run all of it, print a verdict, return the exit code: 0, or 70 when something is not as it must be."""
+    """Run all of it, print a verdict, return the exit code: 0, 70 when something is not as it must be, 64 without JAX."""
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, _leave)
+    try:
+        require_jax()
+    except NotInstalled as error:
+        print(f"error: {error}\nhint: {error.hint}", file=sys.stderr)
+        return error.exit_code
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="smoke-") as folder:
         try:
