@@ -13,7 +13,7 @@ from typing import NoReturn
 from trainer.attempts import require_progress
 from trainer.config import ConfigError, TrainConfig, load_train_config
 from trainer.contract import DEVICES_PER_HOST, LOG_FOLDER, Exit
-from trainer.distributed import Rank, lost_peer, rank_from_environment, shutdown
+from trainer.distributed import Rank, lost_connection, lost_peer, rank_from_environment, shutdown
 from trainer.distributed.preemption import install_handlers
 from trainer.errors import TrainerError
 from trainer.parent import link
@@ -39,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code, message = error.exit_code, str(error)
     except Exception as error:  # the one place where everything ends
         traceback.print_exc()
-        words = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        _leave(Exit.PEER if lost_peer(error) else Exit.SOFTWARE, words)
+        _leave(*unexpected(error, rank_from_environment(os.environ).process_count))
     else:
         message = ""
     link.tell(exit_code=int(code), message=message)
@@ -61,6 +60,16 @@ def _train(options: argparse.Namespace) -> Exit:
     from trainer.run import run
 
     return run(config)
+
+
+def unexpected(error: Exception, processes: int) -> tuple[Exit, str]:
+    """The exit code for an exception that is not one of ours, and what to say."""
+    words = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+    if processes > 1:
+        return (Exit.PEER if lost_peer(error) else Exit.SOFTWARE), words
+    if lost_connection(error):
+        return Exit.PEER, f"the connection to storage failed, a restart may cure it: {words}"
+    return Exit.SOFTWARE, words
 
 
 def log_file(config: TrainConfig, rank: Rank) -> str:

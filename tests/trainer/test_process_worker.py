@@ -15,7 +15,7 @@ from trainer.checkpoint.commit import COMMIT_FILE, Commit, encode
 from trainer.contract import ATTEMPT, ATTEMPTS_FILE, CHECKPOINT_FOLDER, DEVICES_PER_HOST, TERMINATION_LOG
 from trainer.distributed import lost_peer
 from trainer.errors import NoProgress
-from trainer.worker import prepare_environment
+from trainer.worker import prepare_environment, unexpected
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -159,6 +159,7 @@ class JaxRuntimeError(Exception):
     ("error", "expected"),
     [
         (JaxRuntimeError("INTERNAL: Gloo all-reduce failed: [external/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
+        (JaxRuntimeError("INTERNAL: [external/gloo/transport/tcp/pair.cc:446] Received data size doesn't match expected size"), True),
         (JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses"), True),
         (JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out. Id: init"), True),
         (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 100 bytes"), False),
@@ -175,3 +176,11 @@ def test_the_loss_of_a_peer_is_told_from_an_error_of_our_own(error: Exception, e
         raise RuntimeError("while saving") from error
     except RuntimeError as wrapped:
         assert lost_peer(wrapped) is expected
+
+
+def test_a_process_that_is_alone_has_no_peer_to_lose() -> None:
+    code, words = unexpected(ConnectionResetError("Connection reset by peer"), 1)
+    assert code == 76 and words == "the connection to storage failed, a restart may cure it: ConnectionResetError: Connection reset by peer"
+    assert unexpected(JaxRuntimeError("UNAVAILABLE: the TPU is in use"), 1) == (70, "JaxRuntimeError: UNAVAILABLE: the TPU is in use")
+    assert unexpected(JaxRuntimeError("UNAVAILABLE: heartbeat"), 2)[0] == 76
+    assert unexpected(KeyError(), 1) == (70, "KeyError: ")

@@ -1,4 +1,4 @@
-"""Telling the loss of a peer from an error of our own, where JAX raises instead of aborting."""
+"""Telling the loss of a peer, or of the network, from an error of our own, where JAX raises instead of aborting."""
 
 from __future__ import annotations
 
@@ -9,20 +9,28 @@ from typing import Final
 _WORDS: Final = re.compile(
     r"Connection (?:closed|reset) by peer|Connection refused|Socket closed|Broken pipe|connection .{0,80}timed out"
     r"|Timed out waiting .{0,200}|heartbeat|another task died|tasks? (?:is|are) unhealthy|coordination service|CoordinationService"
-    r"|Barrier (?:timed out|failed)|DEADLINE_EXCEEDED|UNAVAILABLE|ABORTED",
+    r"|Barrier (?:timed out|failed)|DEADLINE_EXCEEDED|UNAVAILABLE|ABORTED|gloo/transport|gloo::|Gloo [\w-]+ failed",
     re.IGNORECASE,
 )
 
 
 def lost_peer(error: BaseException) -> bool:
     """Whether `error`, raised while several processes worked together, means that another one is gone."""
-    seen: set[int] = set()
+    return lost_connection(error) or any(
+        type(part).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and _WORDS.search(str(part)) for part in _chain(error)
+    )
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether the network is behind `error`: of a process that is alone, the way to the storage, which may come back."""
+    return any(isinstance(part, ConnectionError | TimeoutError) for part in _chain(error))
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """`error` and what led to it."""
+    found: list[BaseException] = []
     current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        if isinstance(current, ConnectionError | TimeoutError):
-            return True
-        if type(current).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and _WORDS.search(str(current)):
-            return True
+    while current is not None and not any(current is part for part in found):
+        found.append(current)
         current = current.__cause__ or current.__context__
-    return False
+    return found

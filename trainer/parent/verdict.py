@@ -47,9 +47,8 @@ class Verdict:
 
 def verdict(ending: Ending) -> Verdict:
     if ending.announced is not None:
-        return Verdict(
-            code=ending.announced, cause=ending.message or MEANING.get(ending.announced, ""), survivor=ending.announced == Exit.PEER
-        )
+        survivor = ending.announced == Exit.PEER and ending.processes > 1
+        return Verdict(code=ending.announced, cause=ending.message or MEANING.get(ending.announced, ""), survivor=survivor)
     by_request = ending.asked and ending.phase == "startup" and ending.status == -signal.SIGTERM
     if ending.killed == "nothing unsaved" or by_request:
         return Verdict(code=Exit.PREEMPTED, cause="asked to leave before training began; nothing was unsaved")
