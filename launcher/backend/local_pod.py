@@ -128,7 +128,8 @@ def pod_process(
     for entry in items(container.get("env")):
         given[entry["name"]] = local(_expand(_value(entry, pod), given))
     argv = [*(strings(container.get("command")) or _OWN_ENTRYPOINT), *strings(container.get("args"))]
-    argv = [local(_expand(word, given)) for word in argv]
+    # The interpreter is this machine's wherever it lies, below a mount path too.
+    argv = [word if word == sys.executable else local(_expand(word, given)) for word in argv]
     if argv[0] in ("python", "python3"):
         argv[0] = sys.executable
     return PodProcess(
