@@ -23,7 +23,7 @@ from launcher.spec import from_document
 from tests.launcher.local_jobs import TRAIN, container_of, document, last, until
 from trainer.checkpoint.commit import committed_steps
 
-STEPS = 40
+STEPS = 500  # of some milliseconds each: far more than pass between a signal and the agreement to leave
 
 
 @pytest.fixture

@@ -62,14 +62,14 @@ def attend(query_BTNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, ma
     B, T, N, H = query_BTNH.shape
     K = key_BSKH.shape[2]
     # "..." is G, or nothing where every query head has its own key: XLA on CPU transposes scores for a dim of size 1.
-    # Keys and values come first for the same reason.
+    # Keys come first, and weights before values, for the same reason.
     group = () if N == K else (N // K,)
     scores = einsum_float32("BSKH,BTK...H->BK...TS", key_BSKH, query_BTNH.reshape(B, T, K, *group, H))
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(jnp.expand_dims(mask_BTS, range(1, scores.ndim - 2)), scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(value_BSKH.dtype)
-    return jnp.einsum("BSKH,BK...TS->BTK...H", value_BSKH, weights).reshape(B, T, N, H)
+    return jnp.einsum("BK...TS,BSKH->BTK...H", weights, value_BSKH).reshape(B, T, N, H)
 
 
 class Attention(nnx.Module):
