@@ -13,7 +13,8 @@ from launcher.spec import JobSpec
 from trainer import contract
 from trainer.config.checks import batch_shards
 from trainer.config.flops import train_flops
-from trainer.config.rules import Resolution
+from trainer.config.mesh import used
+from trainer.config.rules import Resolution, in_use
 from trainer.config.weights import parameter_count
 
 __all__ = ["explain"]
@@ -85,7 +86,7 @@ def _hardware(spec: JobSpec) -> dict[str, Any]:
 def _mesh(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
     ici = spec.train.mesh.ici.solve(spec.layout.devices_per_slice, "devices per slice")
     dcn = spec.train.mesh.dcn.solve(spec.layout.slices, "slices")
-    return {axis: f"{degree} = {ici[axis]} in a slice x {dcn[axis]} over slices" for axis, degree in mesh.items()}
+    return {axis: f"{degree} = {ici[axis]} in a slice x {dcn[axis]} over slices" for axis, degree in used(mesh).items()}
 
 
 def _batch(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
@@ -146,8 +147,9 @@ def _sharding(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for weight, layout in shardings(spec.train.model, mesh):
         entry: dict[str, Any] = {"shape": "x".join(map(str, weight.shape)), "layout": _layout(weight.axes, layout)}
-        if layout.skipped:
-            entry["skipped"] = [f"{name} -> {'+'.join(axes)}: {reason}" for (name, axes), reason in layout.skipped]
+        skipped = [skip for skip in layout.skipped if skip.matters]
+        if skipped:
+            entry["skipped"] = [f"{skip.rule[0]} -> {'+'.join(in_use(skip.rule[1], mesh))}: {skip.reason}" for skip in skipped]
         if layout.dropped:
             entry["dropped"] = [reason for _, _, reason in layout.dropped]
         found[weight.path] = entry

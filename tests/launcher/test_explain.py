@@ -22,11 +22,7 @@ def spot() -> dict[str, Any]:
 def test_hardware_mesh_and_batch_multiply_out(spot: dict[str, Any]) -> None:
     hardware, batch = spot["hardware"], spot["batch"]
     assert (hardware["hosts"], hardware["chips"], hardware["devices"], hardware["hbm_bytes_per_device"]) == (64, 256, 256, 95 * 2**30)
-    assert spot["mesh"] == {
-        "data": "4 = 1 in a slice x 4 over slices",
-        "fsdp": "64 = 64 in a slice x 1 over slices",
-        "tensor": "1 = 1 in a slice x 1 over slices",
-    }
+    assert spot["mesh"] == {"data": "4 = 1 in a slice x 4 over slices", "fsdp": "64 = 64 in a slice x 1 over slices"}
     assert batch["tokens_per_step"] == 512 * 4096 and batch["batch_shards"] == 256
     assert batch["sequences_per_shard_and_microbatch"] == 2
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config import ConfigError
-from trainer.config.mesh import AxisDegrees, Mesh
+from trainer.config.mesh import AxisDegrees, Mesh, used
 from trainer.config.rules import RULES, Rule, resolve, shard_elements
 from trainer.parallel.mesh import build_mesh
 
@@ -73,9 +73,9 @@ def test_the_batch_is_split_over_data_and_fsdp_and_weights_over_fsdp_and_tensor(
 def test_an_ici_axis_never_crosses_a_slice() -> None:
     config = Mesh(ici=AxisDegrees(fsdp=2, tensor=2), dcn=AxisDegrees(data=-1))
     mesh = build_mesh(config, jax.devices(), slices=2)
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert used(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     for data in range(2):
-        assert {device.id // 4 for device in mesh.devices[data].flat} == {data}
+        assert {device.id // 4 for device in mesh.devices[0, data].flat} == {data}
 
 
 def test_dcn_is_the_outer_part_of_an_axis_that_has_both() -> None:
@@ -84,9 +84,11 @@ def test_dcn_is_the_outer_part_of_an_axis_that_has_both() -> None:
 
 
 def test_degrees_that_do_not_fit_are_refused_with_the_arithmetic() -> None:
-    with pytest.raises(ConfigError, match=r"fsdp=3: 8 devices per slice cannot be divided by 3"):
+    with pytest.raises(ConfigError, match=r"fsdp=3 needs a multiple of 3 devices per slice, has 8: fsdp=4 divides"):
         build_mesh(Mesh(ici=AxisDegrees(data=-1, fsdp=3)), jax.devices(), slices=1)
-    with pytest.raises(ConfigError, match=r"data=2 x tensor=2 needs 4 devices per slice, there are 8"):
+    with pytest.raises(ConfigError, match=r"data=2 x tensor=2 needs 2 x 2 devices per slice, has 8: data=4 divides"):
         build_mesh(Mesh(ici=AxisDegrees(data=2, tensor=2)), jax.devices(), slices=1)
+    with pytest.raises(ValueError, match="data=2 x fsdp=64 needs 2 x 64 devices per slice, has 120: fsdp=60 divides"):
+        AxisDegrees(data=2, fsdp=64).solve(120, "devices per slice")
     with pytest.raises(ConfigError, match="8 devices cannot be split over 3 slices"):
         build_mesh(Mesh(), jax.devices(), slices=3)

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Final
 
 from trainer.config.data import ArrayRecord, Bytes, JsonLines, Parquet, PythonStandardLibrary, Synthetic, Text
-from trainer.config.mesh import MESH_AXES
+from trainer.config.mesh import product
 from trainer.config.optimizer import Cosine, WarmupStableDecay
 from trainer.config.paths import path_fault
 from trainer.config.problem import Problem
@@ -40,8 +40,7 @@ def mesh_fits(config: TrainConfig, *, slices: int, devices_per_slice: int) -> Ge
         except ValueError as error:
             fits = False
             hint = f"degrees of mesh.{link} whose product is {total}; one of them may be -1: what is left"
-            given = {axis: getattr(degrees, axis) for axis in MESH_AXES}
-            yield Problem(path=f"mesh.{link}", message=str(error), hint=hint, code="mesh", value=str(given), limit=total)
+            yield Problem(path=f"mesh.{link}", message=str(error), hint=hint, code="mesh", value=product(degrees.by_axis()), limit=total)
     return config.mesh.shape(slices=slices, devices_per_slice=devices_per_slice) if fits else None
 
 
@@ -57,7 +56,7 @@ def batch_shards(shape: dict[str, int]) -> int:
 def batch_divides(config: TrainConfig, shape: dict[str, int]) -> Iterator[Problem]:
     """Every microbatch, and every evaluation batch, has the same number of sequences on every shard of the batch."""
     shards, accumulation = batch_shards(shape), config.batch.accumulation
-    axes = " x ".join(f"{axis}={shape[axis]}" for axis in next(axes for name, axes in RULES if name == "batch"))
+    axes = product({axis: shape.get(axis, 1) for axis in next(axes for name, axes in RULES if name == "batch")})
     batches = {"batch.global_batch": (config.batch.global_batch, accumulation)}
     if config.eval is not None and config.eval.global_batch is not None:
         batches["eval.global_batch"] = (config.eval.global_batch, 1)

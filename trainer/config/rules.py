@@ -12,20 +12,50 @@ from typing import Final
 Rule = tuple[str, tuple[str, ...]]
 
 RULES: Final[tuple[Rule, ...]] = (
-    # Activations.
-    ("batch", ("data", "fsdp")),
-    ("act_heads", ("tensor",)),
-    ("act_kv_heads", ("tensor",)),
-    ("act_mlp", ("tensor",)),
-    ("act_vocab", ("tensor",)),
-    # Weights.
-    ("vocab", ("tensor",)),
-    ("mlp", ("tensor",)),
-    ("heads", ("tensor",)),
-    ("kv_heads", ("tensor",)),
-    ("embed", ("fsdp",)),
+    # Dims that a mesh axis exists for.
+    ("replica", ("diloco",)),
+    ("stage", ("stage",)),
+    ("expert", ("expert",)),
+    ("act_expert", ("expert",)),
+    # The batch: over everything that does not split the sequence or the width of a layer. A tensor that has a stage
+    # or an expert dim beside the batch takes a later line.
+    ("batch", ("stage", "data", "fsdp", "fsdp_transpose", "expert")),
+    ("batch", ("stage", "data", "fsdp", "fsdp_transpose")),
+    ("batch", ("data", "fsdp", "fsdp_transpose", "expert")),
+    ("batch", ("data", "fsdp", "fsdp_transpose")),
+    # Activations: `length` inside of attention and the MLP, `act_length` between blocks.
+    ("length", ("context",)),
+    ("act_length", ("context", "tensor_sequence")),
+    ("act_heads", ("tensor", "tensor_sequence")),
+    ("act_kv_heads", ("tensor", "tensor_sequence")),
+    ("act_mlp", ("tensor", "tensor_sequence")),
+    ("act_vocab", ("tensor", "tensor_sequence")),
+    # Weights. `embed` comes last: it takes what the other dim of the weight has left.
+    ("mlp", ("fsdp_transpose", "tensor", "tensor_sequence")),
+    ("vocab", ("tensor", "tensor_sequence")),
+    ("heads", ("tensor", "tensor_sequence")),
+    ("kv_heads", ("tensor", "tensor_sequence")),
+    ("embed", ("fsdp", "fsdp_transpose", "context", "expert")),
+    ("embed", ("fsdp", "context", "expert")),
+    ("embed", ("fsdp", "fsdp_transpose", "context")),
+    ("embed", ("fsdp", "context")),
 )
-"""Names without a rule (`length`, `act_embed`, `head_dim`, `norm`, `layer`) are replicated."""
+"""Names without a rule (`act_embed`, `head_dim`, `norm`, `layer`, `repeat`) are replicated."""
+
+
+def inside_pipeline(rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """The rules for what runs within a stage: there the `stage` axis is taken, and the batch has the other axes."""
+    return tuple((name, tuple(axis for axis in axes if axis != "stage")) for name, axes in rules if name != "stage")
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A rule that named a dim of the tensor and did not apply."""
+
+    rule: Rule
+    reason: str
+    matters: bool
+    """False where it is a matter of mesh axes of size 1 only: on this mesh the layout is the same without the conflict."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +64,7 @@ class Resolution:
 
     spec: tuple[tuple[str, ...], ...]  # mesh axes of each dim; () is replicated
     winners: tuple[Rule | None, ...]  # the rule that won each dim
-    skipped: tuple[tuple[Rule, str], ...]  # rules that named a dim but could not apply, with the reason
+    skipped: tuple[Skip, ...]
     dropped: tuple[tuple[int, str, str], ...]  # (dim, mesh axis, reason): won, but does not divide the dim
 
 
@@ -52,7 +82,7 @@ def resolve(axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str,
     if len(set(named)) != len(named):
         raise ValueError(f"a logical axis occurs twice in {tuple(axes)}")
     winners: list[Rule | None] = [None] * len(axes)
-    skipped: list[tuple[Rule, str]] = []
+    skipped: list[Skip] = []
     used: dict[str, str] = {}
     for rule in rules:
         name, mesh_axes = rule
@@ -61,9 +91,12 @@ def resolve(axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str,
         dim = list(axes).index(name)
         taken = [axis for axis in mesh_axes if axis in used]
         if (winner := winners[dim]) is not None:
-            skipped.append((rule, f"{name} already has {'+'.join(winner[1]) or 'replicated'}"))
+            won = in_use(winner[1], mesh)
+            skipped.append(Skip(rule, f"{name} already has {'+'.join(won) or 'no axis'}", in_use(mesh_axes, mesh) != won))
         elif taken:
-            skipped.append((rule, ", ".join(f"{axis} is used by {used[axis]}" for axis in taken)))
+            conflict = in_use(taken, mesh)
+            reason = ", ".join(f"{axis} is used by {used[axis]}" for axis in conflict or taken)
+            skipped.append(Skip(rule, reason, bool(conflict)))
         else:
             winners[dim] = rule
             used.update(dict.fromkeys(mesh_axes, name))
@@ -72,10 +105,8 @@ def resolve(axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str,
     for dim, winner in enumerate(winners):
         kept: list[str] = []
         ways = 1
-        for axis in winner[1] if winner else ():
-            degree = mesh.get(axis, 1)
-            if degree == 1:
-                continue
+        for axis in in_use(winner[1], mesh) if winner else ():
+            degree = mesh[axis]
             if shape[dim] % (ways * degree):
                 after = f" after {ways} ways" if ways > 1 else ""
                 dropped.append((dim, axis, f"{axis}={degree} does not divide {axes[dim]}={shape[dim]}{after}"))
@@ -84,6 +115,11 @@ def resolve(axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str,
             kept.append(axis)
         spec.append(tuple(kept))
     return Resolution(tuple(spec), tuple(winners), tuple(skipped), tuple(dropped))
+
+
+def in_use(mesh_axes: Sequence[str], mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """Those of `mesh_axes` that split anything."""
+    return tuple(axis for axis in mesh_axes if mesh.get(axis, 1) != 1)
 
 
 def shard_elements(shape: Sequence[int], resolution: Resolution, mesh: Mapping[str, int]) -> int:

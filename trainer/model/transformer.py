@@ -6,7 +6,7 @@ B sequences, T tokens, N = B x T rows, D model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,11 @@ from flax import nnx
 from trainer.config.model import Block as BlockSpec
 from trainer.config.model import Model, Segment
 from trainer.config.weights import join_repeat, weights
-from trainer.model.attention import Attention, Context, make_context
+from trainer.model.attention import Attention, ByProducts, Cache, Context, make_context
 from trainer.model.layers import Mlp, Params, RmsNorm, einsum_float32, lookup, select, under
 from trainer.parallel.sharding import constrain
 
-HIDDEN_AXES: Final = ("batch", "length", "act_embed")
+HIDDEN_AXES: Final = ("batch", "act_length", "act_embed")
 
 # What the backward pass keeps of a block; the block's input is always kept.
 REMAT: Final[dict[str, Callable[..., bool]]] = {
@@ -38,11 +38,13 @@ class Block(nnx.Module):
         self.mlp_norm = RmsNorm(spec.norm, under(params, "mlp_norm"))
         self.mlp = Mlp(spec.mlp, under(params, "mlp"))
 
-    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, context: Context, past: Cache | None = None) -> tuple[jax.Array, ByProducts]:
+        """past: what the layer's attention remembers of the tokens before these."""
         x_BTD = select(context.valid, constrain(x_BTD, HIDDEN_AXES))
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context)
+        mixed_BTD, products = self.attention(self.attention_norm(x_BTD), context, past)
+        x_BTD = x_BTD + mixed_BTD
         x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
-        return constrain(x_BTD, HIDDEN_AXES)
+        return constrain(x_BTD, HIDDEN_AXES), products
 
 
 class Transformer(nnx.Module):
@@ -65,41 +67,60 @@ class Transformer(nnx.Module):
 
     def hidden(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
         """The last block's output after the final norm, compute dtype [B, T, D]. Arguments as of a call."""
+        blocks = [block for segment in self.spec.segments for block in segment.pattern]
+        return self.forward(tokens_BT, make_context(blocks, positions_BT, segments_BT))[0]
+
+    def forward(self, tokens_BT: jax.Array, context: Context, past: list[Any] | None = None) -> tuple[jax.Array, list[Any]]:
+        """What `hidden` returns, and the by-products of every segment's blocks.
+
+        past: for every segment what its layers remember, laid out as the by-products are: for each position in the
+        pattern a tree with a leading `layer` dim; unrolled: a list of such lists, by repeat, without that dim.
+        """
         with jax.default_matmul_precision(self.spec.matmul_precision):
-            context = make_context([block for segment in self.spec.segments for block in segment.pattern], positions_BT, segments_BT)
             x_BTD = self.embedding(tokens_BT, context.valid)
-            for segment, positions in zip(self.spec.segments, self.segments, strict=True):
-                x_BTD = self.run_segment(segment, positions, x_BTD, context)
-            return self.final_norm(select(context.valid, x_BTD))
+            products: list[Any] = []
+            remembered = [None] * len(self.spec.segments) if past is None else past
+            for segment, positions, caches in zip(self.spec.segments, self.segments, remembered, strict=True):
+                x_BTD, product = self.run_segment(segment, positions, x_BTD, context, caches)
+                products.append(product)
+            return self.final_norm(select(context.valid, x_BTD)), products
 
     def embedding(self, tokens_BT: jax.Array, valid_BT: jax.Array) -> jax.Array:
         """Embedded tokens, compute dtype [B, T, D]."""
         tokens_BT = jnp.where(valid_BT, tokens_BT, 0)
         return constrain(lookup(self.embed["table"][...], tokens_BT, jnp.dtype(self.spec.compute_dtype)), HIDDEN_AXES)
 
-    def run_segment(self, segment: Segment, positions: nnx.List, x_BTD: jax.Array, context: Context) -> jax.Array:
-        """All repeats of one segment's pattern."""
+    def run_segment(
+        self, segment: Segment, positions: nnx.List, x_BTD: jax.Array, context: Context, past: Any = None
+    ) -> tuple[jax.Array, list[Any]]:
+        """All repeats of one segment's pattern; `past` and by-products as of `forward`, of this segment."""
         if self.spec.layers == "scan":
             graphdef, stacked = self.split(positions)
-            x_BTD, _ = jax.lax.scan(lambda x, params: (self.run_pattern(graphdef, params, x, context), None), x_BTD, stacked)
-            return x_BTD
+            return jax.lax.scan(lambda x, layer: self.run_pattern(graphdef, layer[0], x, context, layer[1]), x_BTD, (stacked, past))
+        products: list[Any] = []
         for repeat in range(segment.repeats):
             graphdef, params = self.split(nnx.List([blocks[repeat] for blocks in positions]))
-            x_BTD = self.run_pattern(graphdef, params, x_BTD, context)
-        return x_BTD
+            x_BTD, product = self.run_pattern(graphdef, params, x_BTD, context, None if past is None else past[repeat])
+            products.append(product)
+        return x_BTD, products
 
-    def run_pattern(self, graphdef: nnx.GraphDef[nnx.List], params: nnx.State, x_BTD: jax.Array, context: Context) -> jax.Array:
-        """One repeat of a pattern; each block is rematerialised on its own."""
-        for block in nnx.merge(graphdef, params):
-            x_BTD = self.run_block(block, x_BTD, context)
-        return x_BTD
+    def run_pattern(
+        self, graphdef: nnx.GraphDef[nnx.List], params: nnx.State, x_BTD: jax.Array, context: Context, past: list[Any] | None = None
+    ) -> tuple[jax.Array, list[ByProducts]]:
+        """One repeat of a pattern; each block is rematerialised on its own. By-products (and `past`) by position."""
+        products: list[ByProducts] = []
+        blocks = nnx.merge(graphdef, params)
+        for block, cache in zip(blocks, [None] * len(blocks) if past is None else past, strict=True):
+            x_BTD, product = self.run_block(block, x_BTD, context, cache)
+            products.append(product)
+        return x_BTD, products
 
-    def run_block(self, block: Block, x_BTD: jax.Array, context: Context) -> jax.Array:
-        if self.spec.remat == "none":
-            return block(x_BTD, context)
+    def run_block(self, block: Block, x_BTD: jax.Array, context: Context, past: Cache | None = None) -> tuple[jax.Array, ByProducts]:
+        if self.spec.remat == "none" or context.remember:  # what is remembered is never differentiated
+            return block(x_BTD, context, past)
         graphdef, params = nnx.split(block)
 
-        def pure(params: nnx.State, x_BTD: jax.Array) -> jax.Array:
+        def pure(params: nnx.State, x_BTD: jax.Array) -> tuple[jax.Array, ByProducts]:
             return nnx.merge(graphdef, params)(x_BTD, context)
 
         # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.

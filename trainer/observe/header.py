@@ -14,6 +14,7 @@ import jax
 
 from trainer import contract
 from trainer.config.flops import train_flops
+from trainer.config.mesh import used
 from trainer.config.train import TrainConfig
 from trainer.config.weights import parameter_count
 from trainer.observe.peak import peak_tflops
@@ -30,7 +31,7 @@ def make_header(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, Any]:
         "run_directory": config.run_directory,
         "versions": versions(),
         "flags": {name: os.environ[name] for name in FLAGS if os.environ.get(name)},
-        "mesh": dict(mesh),
+        "mesh": used(mesh),
         "devices": {
             "platform": device.platform,
             "kind": device.device_kind,

@@ -127,7 +127,7 @@ def test_the_header_names_versions_flags_mesh_parameters_and_config(run_config, 
     header = lines(tmp_path)[0]
     assert {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nnxlaunch"} <= set(header["versions"])
     assert header["flags"]["LIBTPU_INIT_ARGS"] == "--some_flag=true"
-    assert header["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert header["mesh"] == {"fsdp": 8}
     assert header["parameters"] == 64 * 32 * 2 + 32 + 2 * (32 * 8 * 12 + 3 * 32 * 48 + 2 * 32)
     assert header["image_revision"] == "abc123" and len(header["config_hash"]) == 64
     assert header["config"] == json.loads(config.model_dump_json())
