@@ -6,8 +6,9 @@ B sequences, T query tokens, S key tokens, N query heads = K key/value heads x G
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,11 @@ MASKED: Final = -1e30
 QUERY_AXES: Final = ("batch", "length", "act_heads", None)
 KEY_AXES: Final = ("batch", "length", "act_kv_heads", None)
 
+Cache = Mapping[str, jax.Array]
+"""What one attention layer remembers of tokens, by name: [B, S, ...] each (with a leading dim where layers are stacked)."""
+ByProducts = dict[str, Any]
+"""What a block computes besides its output, by name. `cache`: the Cache of the tokens it was given, where the context asks for it."""
+
 
 @dataclass(frozen=True)
 class Context:
@@ -32,18 +38,38 @@ class Context:
     valid: jax.Array  # bool [B, T]; False in padding
     masks: dict[int | None, jax.Array]  # window -> bool [B, T, S]: query t may see key s
     tables: dict[tuple[Rope, int], tuple[jax.Array, jax.Array]]  # (rope, head dim) -> cosine and sine [B, T, H/2]
+    past_masks: Mapping[int | None, jax.Array] = field(default_factory=dict[int | None, jax.Array])
+    """window -> bool [B, T, S]: query t may see entry s of a layer's cache."""
+    remember: bool = False
+    """Whether attention hands out what it would have to remember of these tokens."""
 
 
-def make_context(blocks: list[Block], positions_BT: jax.Array, segments_BT: jax.Array) -> Context:
+class Seen(NamedTuple):
+    """Keys, values and which query sees which of them."""
+
+    key: jax.Array  # [B, S, K, H]
+    value: jax.Array  # [B, S, K, H]
+    mask: jax.Array  # bool [B, T, S]
+
+
+def make_context(
+    blocks: list[Block],
+    positions_BT: jax.Array,
+    segments_BT: jax.Array,
+    *,
+    past_masks: Mapping[int | None, jax.Array] | None = None,
+    remember: bool = False,
+) -> Context:
     """The masks and rotary tables `blocks` need.
 
     positions int32: place of a token in its document; segments int32: document number within the row, 0 = padding.
+    past_masks, remember: as the fields of Context.
     """
     specs = [block.attention for block in blocks]
     masks = {window: attention_mask(positions_BT, segments_BT, window) for window in dict.fromkeys(spec.window for spec in specs)}
     keys = dict.fromkeys((spec.rope, spec.head_dim) for spec in specs)
     tables = {(rope, head_dim): rope_table(positions_BT, rope, head_dim) for rope, head_dim in keys}
-    return Context(segments_BT != 0, masks, tables)
+    return Context(segments_BT != 0, masks, tables, past_masks or {}, remember)
 
 
 def attention_mask(positions_BT: jax.Array, segments_BT: jax.Array, window: int | None) -> jax.Array:
@@ -57,19 +83,40 @@ def attention_mask(positions_BT: jax.Array, segments_BT: jax.Array, window: int 
     return mask_BTS if window is None else mask_BTS & (distance_BTS < window)
 
 
-def attend(query_BTNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, mask_BTS: jax.Array, *, soft_cap: float | None) -> jax.Array:
-    """softmax(cap(q k^T)) v with the softmax in float32; queries come scaled. Returns [B, T, N, H] in the dtype of `value`."""
+def attend(
+    query_BTNH: jax.Array,
+    key_BSKH: jax.Array,
+    value_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    *,
+    soft_cap: float | None,
+    past: Seen | None = None,
+) -> jax.Array:
+    """softmax(cap(q k^T)) v with the softmax in float32; queries come scaled. Returns [B, T, N, H] in the dtype of `value`.
+
+    past: further keys and values, of earlier tokens; the softmax is over both.
+    """
     B, T, N, H = query_BTNH.shape
     K = key_BSKH.shape[2]
     # "..." is G, or nothing where every query head has its own key: XLA on CPU transposes scores for a dim of size 1.
     # Keys come first, and weights before values, for the same reason.
     group = () if N == K else (N // K,)
-    scores = einsum_float32("BSKH,BTK...H->BK...TS", key_BSKH, query_BTNH.reshape(B, T, K, *group, H))
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
-    scores = jnp.where(jnp.expand_dims(mask_BTS, range(1, scores.ndim - 2)), scores, MASKED)
+    query = query_BTNH.reshape(B, T, K, *group, H)
+    present = Seen(key_BSKH, value_BSKH, mask_BTS)
+    parts = [present] if past is None else [past, present]
+    scored: list[jax.Array] = []
+    for part in parts:
+        scores = einsum_float32("BSKH,BTK...H->BK...TS", part.key, query)
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        scored.append(jnp.where(jnp.expand_dims(part.mask, range(1, scores.ndim - 2)), scores, MASKED))
+    scores = scored[0] if past is None else jnp.concatenate(scored, axis=-1)
     weights = jax.nn.softmax(scores, axis=-1).astype(value_BSKH.dtype)
-    return jnp.einsum("BK...TS,BSKH->BTK...H", weights, value_BSKH).reshape(B, T, N, H)
+    mixed = [
+        jnp.einsum("BK...TS,BSKH->BTK...H", share, part.value)
+        for share, part in zip([weights] if past is None else jnp.split(weights, [past.mask.shape[-1]], axis=-1), parts, strict=True)
+    ]
+    return (mixed[0] if past is None else mixed[0] + mixed[1]).reshape(B, T, N, H)
 
 
 class Attention(nnx.Module):
@@ -84,7 +131,8 @@ class Attention(nnx.Module):
         self.query_norm = None if norm is None else RmsNorm(norm, under(params, "query_norm"))
         self.key_norm = None if norm is None else RmsNorm(norm, under(params, "key_norm"))
 
-    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, context: Context, past: Cache | None = None) -> tuple[jax.Array, ByProducts]:
+        """past: what this layer remembers of the tokens before these."""
         table = context.tables[self.spec.rope, self.spec.head_dim]
         query_BTNH = self.project(x_BTD, self.query, self.query_bias, self.query_norm, table) / math.sqrt(self.spec.head_dim)
         key_BTKH = self.project(x_BTD, self.key, self.key_bias, self.key_norm, table)
@@ -92,9 +140,12 @@ class Attention(nnx.Module):
         query_BTNH = constrain(query_BTNH.astype(x_BTD.dtype), QUERY_AXES)
         key_BTKH = constrain(select(context.valid, key_BTKH.astype(x_BTD.dtype)), KEY_AXES)
         value_BTKH = constrain(select(context.valid, value_BTKH), KEY_AXES)
-        mixed_BTNH = attend(query_BTNH, key_BTKH, value_BTKH, context.masks[self.spec.window], soft_cap=self.spec.soft_cap)
+        seen = None if past is None else Seen(past["key"], past["value"], context.past_masks[self.spec.window])
+        mask_BTS = context.masks[self.spec.window]
+        mixed_BTNH = attend(query_BTNH, key_BTKH, value_BTKH, mask_BTS, soft_cap=self.spec.soft_cap, past=seen)
         mixed_BTNH = constrain(mixed_BTNH, QUERY_AXES)
-        return add_bias(jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, self.out[...]), self.out_bias)
+        products: ByProducts = {"cache": {"key": key_BTKH, "value": value_BTKH}} if context.remember else {}
+        return add_bias(jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, self.out[...]), self.out_bias), products
 
     def project(
         self, x_BTD: jax.Array, kernel: nnx.Param, bias: nnx.Param | None, norm: RmsNorm | None, table: tuple[jax.Array, jax.Array]
