@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from launcher.backend.scene import Scene
 from launcher.backend.status import (
     Condition,
     Event,
@@ -25,7 +26,7 @@ from launcher.backend.status import (
 from launcher.kinds import BackendKind
 
 __all__ = [
-    "Backend", "BackendKind", "Condition", "Event", "JobState", "JobStatus", "LogLine", "Manifest", "PodStatus", "SliceStatus",
+    "Backend", "BackendKind", "Condition", "Event", "JobState", "JobStatus", "LogLine", "Manifest", "PodStatus", "Scene", "SliceStatus",
     "explain_exit", "job_status", "open_backend", "pod_status",
 ]  # fmt: skip
 
@@ -49,6 +50,10 @@ class Backend(Protocol):
 
     def list(self) -> list[JobStatus]:
         """The jobs of this launcher in the namespace, by name."""
+        ...
+
+    def scene(self, name: str) -> Scene:
+        """All that says how the job is doing, in at most five requests. Raises NotFound."""
         ...
 
     def delete(self, name: str) -> None:

@@ -12,6 +12,8 @@ from launcher.backend.kubernetes_errors import NotAllowed, OverQuota, Temporaril
 from launcher.backend.kubernetes_login import log_in
 from launcher.backend.kubernetes_logs import LOOK_SECONDS, PATIENCE_SECONDS, Selection, follow_logs, read_logs
 from launcher.backend.kubernetes_queue import GROUP, queued_status, workload_of
+from launcher.backend.kubernetes_scene import SceneReader
+from launcher.backend.scene import Scene
 from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Event, JobStatus, LogLine, Manifest, job_status, timestamp
 from launcher.backend.values import items, mapping
 from launcher.errors import AlreadyExists, NotFound, Unavailable
@@ -26,6 +28,7 @@ class KubernetesBackend:
         login = log_in(context=context, kubeconfig=kubeconfig)
         self._api = Api(login)
         self.namespace = namespace or login.namespace
+        self._scenes = SceneReader(self._api, self.namespace)
 
     def create(self, manifests: Sequence[Manifest], *, replace: bool = False) -> JobStatus:
         """Create one job from its manifests; the server checks all of them before the first is made.
@@ -146,6 +149,9 @@ class KubernetesBackend:
             or (raw["involvedObject"]["kind"] in ("Pod", "Job") and raw["involvedObject"]["name"].startswith(own))
         ]
         return sorted(found, key=lambda event: (str(event.at), event.about))
+
+    def scene(self, name: str) -> Scene:
+        return self._scenes.read(self._jobset(name))
 
     def _jobset(self, name: str) -> Manifest:
         try:

@@ -38,8 +38,10 @@ class Resource:
     plural: str
 
     def path(self, namespace: str, name: str = "", sub: str = "") -> str:
+        """An empty namespace: the object has none, or those of all are meant."""
         root = "api" if "/" not in self.api_version else "apis"
-        parts = [root, self.api_version, "namespaces", quote(namespace, safe=""), self.plural]
+        scope = ["namespaces", quote(namespace, safe="")] if namespace else []
+        parts = [root, self.api_version, *scope, self.plural]
         return "/" + "/".join([*parts, *([quote(name, safe="")] if name else []), *([sub] if sub else [])])
 
 
@@ -58,6 +60,8 @@ class Api:
 
     def __init__(self, login: Login) -> None:
         self.where = login.where
+        self.requests = 0
+        """Made so far."""
         self._client: Any = DynamicClient(login.client, discoverer=_discover_nothing)  # untyped
 
     def get(self, resource: Resource, namespace: str, name: str) -> Manifest:
@@ -74,6 +78,15 @@ class Api:
             token = mapping(page.get("metadata")).get("continue")
             if not token:
                 return items
+
+    def list_whole(self, resource: Resource, namespace: str, *, labels: str | None = None, fields: str | None = None) -> list[Manifest]:
+        """In one request, however many there are."""
+        parameters = {"label_selector": labels, "field_selector": fields}
+        return self._json("get", resource.path(namespace), f"list {resource.plural}", **parameters)["items"]
+
+    def read(self, path: str, doing: str) -> Manifest:
+        """What is served at `path`; `doing` completes "cannot ..."."""
+        return self._json("get", path, doing)
 
     def create(self, resource: Resource, namespace: str, manifest: Manifest, *, dry_run: bool = False) -> Manifest:
         """Create it, or have the server check that it could be. A field that the server does not know is refused."""
@@ -132,8 +145,10 @@ class Api:
         finally:
             response.close()
 
-    def log(self, namespace: str, pod: str, *, container: str, follow: bool, since: str | None = None) -> Iterator[bytes]:
-        """The lines of a container's log, each with its time, without line ends.
+    def log(
+        self, namespace: str, pod: str, *, container: str, follow: bool, since: str | None = None, tail: int | None = None
+    ) -> Iterator[bytes]:
+        """The lines of a container's log, or the last `tail` of them, each with its time, without line ends.
 
         With `follow` it ends when the container has ended, or has been silent for READ_SECONDS: a connection that a
         gateway has dropped looks like a silent one. Raises TemporarilyUnavailable when the stream is cut.
@@ -141,6 +156,8 @@ class Api:
         query = [("container", container), ("timestamps", "true"), ("follow", "true" if follow else "false")]
         if since:
             query.append(("sinceTime", since))
+        if tail is not None:
+            query.append(("tailLines", str(tail)))
         doing = f"read the log of pod {pod!r}"
         response = self._request("get", POD.path(namespace, pod, "log"), doing, query_params=query, header_params={"Accept": "*/*"})
         rest = b""
@@ -166,6 +183,7 @@ class Api:
 
     def _request(self, method: str, path: str, doing: str, **parameters: Any) -> urllib3.BaseHTTPResponse:
         parameters.setdefault("_request_timeout", (CONNECT_SECONDS, READ_SECONDS))
+        self.requests += 1
         try:
             return self._client.request(method, path, serialize=False, **parameters)
         except ApiException as untyped:

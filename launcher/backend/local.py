@@ -19,6 +19,7 @@ from launcher.backend.local_jobset import LocalJobSet
 from launcher.backend.local_logs import log_lines
 from launcher.backend.local_pod import refuse_what_cannot_run_here
 from launcher.backend.local_state import LOOK_SECONDS, JobFolder, Snapshot, create_folder, state_root
+from launcher.backend.scene import Scene
 from launcher.backend.status import RUN_DIRECTORY_ANNOTATION, Event, JobStatus, LogLine, Manifest
 from launcher.backend.values import mapping
 from launcher.errors import AlreadyExists, NotFound, Unavailable
@@ -61,6 +62,23 @@ class LocalBackend:
 
     def get(self, name: str) -> JobStatus:
         return self._status(self._folder(name))
+
+    def scene(self, name: str) -> Scene:
+        snapshot = self._snapshot(self._folder(name))
+        events = tuple(
+            {
+                "involvedObject": dict(zip(("kind", "name"), event.about.split("/", 1), strict=True)),
+                "type": "Warning" if event.warning else "Normal",
+                "reason": event.reason,
+                "message": event.message,
+                "metadata": {"creationTimestamp": event.at.isoformat() if event.at else None},
+            }
+            for event in snapshot.events
+        )
+        return Scene(
+            jobset=snapshot.jobset, pods=tuple(snapshot.pods), jobs=tuple(snapshot.jobs), events=events,
+            read_at=datetime.now(UTC).isoformat(),
+        )  # fmt: skip
 
     def list(self) -> list[JobStatus]:
         found: list[JobStatus] = []
@@ -109,11 +127,14 @@ class LocalBackend:
         return folder
 
     def _status(self, folder: JobFolder) -> JobStatus:
+        return self._snapshot(folder).status
+
+    def _snapshot(self, folder: JobFolder) -> Snapshot:
         """As the supervisor wrote it; without a supervisor, an unfinished job is lost."""
         alive = folder.supervisor() is not None  # asked first: it may finish between the two
         snapshot = folder.read()
         if alive or snapshot.finished:
-            return snapshot.status
+            return snapshot
         folder.end_leftovers()
         lost = {
             "type": "Failed", "status": "True", "reason": "SupervisorLost",
@@ -124,7 +145,7 @@ class LocalBackend:
         for pod in snapshot.pods:
             if pod["status"]["phase"] in ("Pending", "Running"):
                 pod["status"]["phase"] = "Unknown"
-        return snapshot.status
+        return snapshot
 
     def _forget_expired(self, name: str) -> None:
         with contextlib.suppress(NotFound):

@@ -1,0 +1,190 @@
+"""Reading a scene from a cluster in at most five requests, however large the job is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from launcher.backend.kubernetes_api import EVENT, JOB, POD, Api, Resource
+from launcher.backend.kubernetes_errors import NotAllowed, TemporarilyUnavailable
+from launcher.backend.kubernetes_queue import workload_of
+from launcher.backend.scene import USUAL_EVENTS, Scene, is_queued, own_events
+from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Manifest, PodStatus, pod_status
+from launcher.backend.values import items, mapping
+from launcher.errors import NotFound, Unavailable
+from launcher.tpu.table import ACCELERATOR_LABEL
+from trainer.contract import CONTAINER_NAME
+
+REQUESTS: Final = 5
+LOG_LINES: Final = 300
+NODE: Final = Resource("v1", "Node", "nodes")
+KUEUE: Final = "kueue.x-k8s.io"
+KUEUE_VERSIONS: Final = ("v1beta2", "v1beta1")
+"""What clusters serve, newest first: 0.16 and later, and before."""
+
+
+class SceneReader:
+    """Reads scenes of one namespace; remembers what this user may not read and what the cluster does not serve."""
+
+    def __init__(self, api: Api, namespace: str) -> None:
+        self._api, self._namespace = api, namespace
+        self._kueue = 0  # index of the version that is served
+        self._denied: set[str] = set()
+        self._left = 0
+
+    def read(self, jobset: Manifest) -> Scene:
+        """`jobset` has just been read: that was the first request."""
+        self._left = REQUESTS - 1
+        self._absent: list[str] = []
+        parts: dict[str, Any] = self._queued(jobset) if is_queued(jobset) else self._started(jobset)
+        return Scene(
+            jobset=_lean(jobset),
+            read_at=datetime.now(UTC).isoformat(),
+            absent=tuple(self._absent),
+            unreadable=tuple(sorted(self._denied)),
+            **parts,
+        )
+
+    def _queued(self, jobset: Manifest) -> dict[str, Any]:
+        queue = jobset["metadata"]["labels"][QUEUE_LABEL]
+        workloads = self._workloads()
+        found: dict[str, Any] = {"workloads": tuple(map(_lean, workloads))}
+        local = self._get(self._of_kueue("LocalQueue", "localqueues"), self._namespace, queue)
+        if local:
+            found["local_queue"] = _lean(local)
+            if cluster := self._get(self._of_kueue("ClusterQueue", "clusterqueues"), "", local["spec"]["clusterQueue"]):
+                found["cluster_queue"] = _lean(cluster)
+        if workload_of(jobset, workloads) is None:
+            found["events"] = self._events(jobset)
+        elif local:
+            found["pending"] = self._pending(local)
+        return found
+
+    def _started(self, jobset: Manifest) -> dict[str, Any]:
+        labels = f"{JOBSET_NAME_LABEL}={jobset['metadata']['name']}"
+        pods = self._list(POD, labels=labels)
+        found: dict[str, Any] = {
+            "pods": tuple(map(_lean, pods)),
+            "jobs": tuple(map(_lean, self._list(JOB, labels=labels))),
+            "events": self._events(jobset),
+        }
+        states = [pod_status(pod) for pod in pods]
+        waiting = [pod for pod, state in zip(pods, states, strict=True) if state.node is None and not state.leaving]
+        if waiting or any(_lost(pod) for pod in pods):
+            found["nodes"] = self._nodes(waiting or pods)
+        elif speaker := _process_0(states):
+            found["log"] = self._log(speaker)
+        return found
+
+    def _workloads(self) -> list[Manifest]:
+        """Of the cluster where this user may list them, so that whoever uses the quota has a name; else of the namespace."""
+        for version in range(self._kueue, len(KUEUE_VERSIONS)):
+            self._kueue = version
+            resource = self._of_kueue("Workload", "workloads")
+            try:
+                found = self._ask("workloads of other namespaces", lambda: self._api.list_whole(resource, ""))  # noqa: B023
+                return self._list(resource) if found is None else found
+            except TemporarilyUnavailable:
+                raise
+            except (NotFound, Unavailable):  # this version is not served
+                continue
+        self._absent.append("api/kueue")
+        return []
+
+    def _pending(self, local: Manifest) -> tuple[Manifest, ...]:
+        """Kueue's order of the cluster queue, else of the local queue."""
+        version = f"visibility.{KUEUE}/{KUEUE_VERSIONS[self._kueue]}"
+        paths = {
+            "positions": Resource(version, "", "clusterqueues").path("", local["spec"]["clusterQueue"], "pendingworkloads"),
+            "positions in a queue": Resource(version, "", "localqueues").path(
+                self._namespace, local["metadata"]["name"], "pendingworkloads"
+            ),
+        }
+        for what, path in paths.items():
+            try:
+                listing = self._ask(what, lambda: self._api.read(path, "read the order of the queue"))  # noqa: B023
+            except (NotFound, Unavailable):  # this service of Kueue is optional
+                self._denied.add(what)
+                continue
+            if listing is not None:
+                return tuple(items(listing.get("items")))
+        return ()
+
+    def _events(self, jobset: Manifest) -> tuple[Manifest, ...]:
+        unusual = ",".join(f"reason!={reason}" for reason in USUAL_EVENTS)
+        return tuple(map(_lean, own_events(jobset, self._list(EVENT, fields=unusual))))
+
+    def _nodes(self, pods: list[Manifest]) -> tuple[Manifest, ...]:
+        """Those of TPUs where the job wants TPUs; the alternatives are part of the answer, so not only those it asks for."""
+        tpu = any(ACCELERATOR_LABEL in mapping(pod["spec"].get("nodeSelector")) for pod in pods)
+        found = self._ask("nodes", lambda: self._api.list_whole(NODE, "", labels=ACCELERATOR_LABEL if tpu else None))
+        return tuple(map(_lean_node, found or []))
+
+    def _log(self, pod: PodStatus) -> tuple[str, ...]:
+        """Empty as well where the node that has it does not answer: a log is not worth failing for."""
+        try:
+            lines = self._ask(
+                "pods/log", lambda: list(self._api.log(self._namespace, pod.name, container=CONTAINER_NAME, follow=False, tail=LOG_LINES))
+            )
+        except (NotFound, Unavailable):
+            return ()
+        return tuple(line.decode("utf-8", "replace") for line in lines or ())
+
+    def _of_kueue(self, kind: str, plural: str) -> Resource:
+        return Resource(f"{KUEUE}/{KUEUE_VERSIONS[self._kueue]}", kind, plural)
+
+    def _list(self, resource: Resource, *, labels: str | None = None, fields: str | None = None) -> list[Manifest]:
+        if self._left <= 0:
+            return []
+        self._left -= 1
+        return self._api.list_whole(resource, self._namespace, labels=labels, fields=fields)
+
+    def _get(self, resource: Resource, namespace: str, name: str) -> Manifest | None:
+        try:
+            return self._ask(resource.plural, lambda: self._api.get(resource, namespace, name))
+        except NotFound:
+            self._absent.append(f"{resource.kind.lower()}/{name}")
+            return None
+
+    def _ask[T](self, what: str, ask: Callable[[], T]) -> T | None:
+        """None where this user may not, or where the requests are used up."""
+        if what in self._denied or self._left <= 0:
+            return None
+        self._left -= 1
+        try:
+            return ask()
+        except NotAllowed:
+            self._denied.add(what)
+            return None
+
+
+def _process_0(pods: list[PodStatus]) -> PodStatus | None:
+    started = [pod for pod in pods if (pod.slice_index, pod.worker) == (0, 0) and pod.started_at]
+    return max(started, key=lambda pod: pod.attempt, default=None)
+
+
+def _lost(pod: Manifest) -> bool:
+    """Whether its node has stopped to answer."""
+    return mapping(pod.get("status")).get("reason") == "NodeLost" or any(
+        condition.get("reason") in ("NodeNotReady", "NodeLost") for condition in items(mapping(pod.get("status")).get("conditions"))
+    )
+
+
+def _lean(found: Manifest) -> Manifest:
+    """Without the bookkeeping of server-side apply, half of an object's size."""
+    metadata = {key: value for key, value in found["metadata"].items() if key != "managedFields"}
+    return {**found, "metadata": metadata}
+
+
+def _lean_node(node: Manifest) -> Manifest:
+    """Labels, taints, chips and health; the list of its images is most of a node."""
+    status = mapping(node.get("status"))
+    return {
+        "metadata": {"name": node["metadata"]["name"], "labels": mapping(node["metadata"].get("labels"))},
+        "spec": {key: value for key, value in mapping(node.get("spec")).items() if key in ("taints", "unschedulable")},
+        "status": {
+            "allocatable": mapping(status.get("allocatable")),
+            "conditions": [condition for condition in items(status.get("conditions")) if condition.get("type") == "Ready"],
+        },
+    }
