@@ -5,13 +5,18 @@ B sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from trainer.config.optimizer import Loss
+from trainer.config.terms import Count, Term
+
+
+_NO_SUMS: Final[dict[Any, jax.Array]] = {}
 
 
 class LossSums(NamedTuple):
@@ -20,16 +25,25 @@ class LossSums(NamedTuple):
     cross_entropy: jax.Array
     z_loss: jax.Array  # already weighted
     tokens: jax.Array  # valid tokens
+    terms: dict[str, jax.Array] = _NO_SUMS  # the model's terms by name, not weighted
+    counts: dict[Count, jax.Array] = _NO_SUMS  # what else terms are divided by
 
     @classmethod
-    def zero(cls) -> LossSums:
-        return cls(*(jnp.zeros((), jnp.float32) for _ in cls._fields))
+    def zero(cls, terms: Sequence[Term] = ()) -> LossSums:
+        """`terms`: the model's."""
+
+        def scalar() -> jax.Array:
+            return jnp.zeros((), jnp.float32)
+
+        counts: dict[Count, jax.Array] = {term.counts: scalar() for term in terms if term.counts != "tokens"}
+        return cls(scalar(), scalar(), scalar(), {term.name: scalar() for term in terms}, counts)
 
     def __add__(self, other: LossSums) -> LossSums:  # type: ignore[override]
-        return LossSums(*(a + b for a, b in zip(self, other, strict=True)))
+        return jax.tree.map(jnp.add, self, other)
 
     @property
     def total(self) -> jax.Array:
+        """What the head adds to the loss, before division by its tokens."""
         return self.cross_entropy + self.z_loss
 
 

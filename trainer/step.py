@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,41 +10,48 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from trainer.config.terms import Term, model_terms
 from trainer.config.train import TrainConfig
-from trainer.loss import LossSums, loss_sums
+from trainer.ledger import Batch, Forward, Statistics, counts_of, forward_sums, ledger_metrics, mean_loss
+from trainer.loss import LossSums
 from trainer.optim import build_schedule
 from trainer.parallel.sharding import Layout, constrain, use_layout
 from trainer.state import StateSpec
 
-Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[nnx.State, Batch], tuple[nnx.State, Metrics]]
 EvalStep = Callable[[nnx.State, LossSums, Batch], LossSums]
+ForwardPass = Callable[[nnx.State, Batch], Forward]
+"""(parameters, microbatch) -> what the forward pass gives."""
 
 
 def make_train_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> TrainStep:
     """The jitted step `(state, batch) -> (state, metrics)`; the state is donated.
 
     batch: `inputs`, `targets`, `positions`, `segments` int32 [B, T] and `weights` float32 [B, T], B the global
-    batch. metrics: float32 scalars: `loss` (what is minimised), `cross_entropy`, `z_loss`, `tokens` (valid),
-    `gradient_norm` (before clipping), `learning_rate`.
+    batch. metrics: float32 scalars: `loss` (what is minimised), `cross_entropy`, every loss term's value before
+    its weight, `tokens` (valid) and what else terms are divided by, `gradient_norm` (before clipping), `learning_rate`.
     """
     schedule = build_schedule(config.schedule, config.steps)
+    terms = model_terms(config)
 
     def train_step(state: nnx.State, batch: Batch) -> tuple[nnx.State, Metrics]:
         with use_layout(layout):
             train = nnx.merge(spec.graphdef, state)
-            tokens = jnp.maximum(jnp.sum(batch["weights"] > 0, dtype=jnp.float32), 1)
-            sums, gradients = _gradients(config, spec, train.model, batch, tokens)
+            model_def, params, rest = nnx.split(train.model, nnx.Param, ...)
+
+            def forward(params: nnx.State, microbatch: Batch) -> Forward:
+                return _forward(nnx.merge(model_def, params, rest), microbatch)
+
+            sums, gradients, statistics = accumulate(config, forward, params, batch, terms, spec.shardings["model"])
             metrics = {
-                "loss": sums.total / tokens,
-                "cross_entropy": sums.cross_entropy / tokens,
-                "z_loss": sums.z_loss / tokens,
-                "tokens": sums.tokens,
+                **ledger_metrics(config, sums, terms),
                 "gradient_norm": optax.tree.norm(gradients),
                 "learning_rate": schedule(train.optimizer.step[...]),
             }
             train.optimizer.update(train.model, gradients)
+            if statistics:
+                train.model.advance(statistics)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
             return nnx.state(train), metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(spec.shardings, layout.replicated))
@@ -52,42 +59,53 @@ def make_train_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> Tra
 
 def make_eval_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> EvalStep:
     """The jitted `(state, sums so far, batch) -> sums`; the state is only read."""
+    terms = model_terms(config)
 
     def eval_step(state: nnx.State, sums: LossSums, batch: Batch) -> LossSums:
         with use_layout(layout):
             train = nnx.merge(spec.graphdef, state)
-            return sums + _sums(config, train.model, batch)
+            return sums + forward_sums(config, _forward(train.model, batch), batch, terms)
 
     return jax.jit(eval_step, donate_argnums=1, out_shardings=layout.replicated)
 
 
-def _sums(config: TrainConfig, model: nnx.Module, batch: Batch) -> LossSums:
-    logits_BTV = model(batch["inputs"], batch["positions"], batch["segments"])  # pyright: ignore[reportCallIssue]
-    return loss_sums(logits_BTV, batch["targets"], batch["weights"], config.loss)
+def accumulate(
+    config: TrainConfig, forward: ForwardPass, params: nnx.State, batch: Batch, terms: Sequence[Term], shardings: Any
+) -> tuple[LossSums, Any, Statistics]:
+    """Sums of the ledger over all microbatches of `batch`, the gradient of the loss by `params`, and summed statistics.
 
+    The gradient is that of the whole batch at once: every term is divided by a count of the whole batch, whichever
+    microbatch it comes from. Gradients are laid out as `shardings`, a tree like `params`. A model whose variables
+    beside the parameters move (a router's bias) returns statistics; its `advance(statistics)` moves them once a step.
+    """
+    counts = counts_of(batch, terms)
 
-def _gradients(config: TrainConfig, spec: StateSpec, model: nnx.Module, batch: Batch, tokens: jax.Array) -> tuple[LossSums, nnx.State]:
-    """Loss sums, and the gradient of their total over `tokens`, over all microbatches; gradients laid out like the parameters."""
-    model_def, params = nnx.split(model, nnx.Param)
+    def loss(params: nnx.State, microbatch: Batch) -> tuple[jax.Array, tuple[LossSums, Statistics]]:
+        found = forward(params, microbatch)
+        sums = forward_sums(config, found, microbatch, terms)
+        return mean_loss(sums, counts, terms), (sums, jax.lax.stop_gradient(found.statistics))
 
-    def total(params: nnx.State, microbatch: Batch) -> tuple[jax.Array, LossSums]:
-        sums = _sums(config, nnx.merge(model_def, params), microbatch)
-        return sums.total / tokens, sums
-
-    def one(microbatch: Batch) -> tuple[LossSums, Any]:
-        (_, sums), gradients = jax.value_and_grad(total, has_aux=True)(params, microbatch)
-        return sums, jax.lax.with_sharding_constraint(gradients, spec.shardings["model"])
+    def one(microbatch: Batch) -> tuple[tuple[LossSums, Statistics], Any]:
+        (_, found), gradients = jax.value_and_grad(loss, has_aux=True)(params, microbatch)
+        return found, jax.lax.with_sharding_constraint(gradients, shardings)
 
     count = config.batch.accumulation
     if count == 1:
-        return one(batch)
+        (sums, statistics), gradients = one(batch)
+        return sums, gradients, statistics
 
-    def turn(carry: tuple[LossSums, Any], microbatch: Batch) -> tuple[tuple[LossSums, Any], None]:
-        return jax.tree.map(jnp.add, carry, one(microbatch)), None
+    def turn(carry: tuple[LossSums, Any], microbatch: Batch) -> tuple[tuple[LossSums, Any], Statistics]:
+        (sums, statistics), gradients = one(microbatch)
+        return jax.tree.map(jnp.add, carry, (sums, gradients)), statistics
 
-    zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), spec.shardings["model"])
-    (sums, gradients), _ = jax.lax.scan(turn, (LossSums.zero(), zeros), _microbatches(batch, count))
-    return sums, gradients
+    zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), shardings)
+    (sums, gradients), statistics = jax.lax.scan(turn, (LossSums.zero(terms), zeros), _microbatches(batch, count))
+    return sums, gradients, jax.tree.map(lambda stacked: jnp.sum(stacked, axis=0), statistics)
+
+
+def _forward(model: nnx.Module, batch: Batch) -> Forward:
+    logits_BTV = model(batch["inputs"], batch["positions"], batch["segments"])  # pyright: ignore[reportCallIssue]
+    return Forward(logits_BTV, terms={}, statistics={})
 
 
 def _microbatches(batch: Batch, count: int) -> Batch:
