@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
 from typing import Final
 
-from launcher.backend.kubernetes_api import CREATABLE, EVENT, JOB, JOBSET, POD, Api, Patience, Resource
-from launcher.backend.kubernetes_errors import NotAllowed, OverQuota, TemporarilyUnavailable
+from launcher.backend.kubernetes_api import EVENT, JOB, JOBSET, POD, Api, Patience, Resource
+from launcher.backend.kubernetes_errors import TemporarilyUnavailable
 from launcher.backend.kubernetes_login import log_in
 from launcher.backend.kubernetes_logs import LOOK_SECONDS, PATIENCE_SECONDS, Selection, follow_logs, read_logs
 from launcher.backend.kubernetes_queue import GROUP, queued_status, workload_of
 from launcher.backend.kubernetes_scene import SceneReader
+from launcher.backend.kubernetes_submit import Submission
 from launcher.backend.scene import Scene
 from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Event, JobStatus, LogLine, Manifest, job_status, timestamp
-from launcher.backend.values import items, mapping
-from launcher.errors import AlreadyExists, NotFound, Unavailable
+from launcher.backend.values import mapping
+from launcher.errors import NotFound, Unavailable
 
 MANAGED_BY: Final = "app.kubernetes.io/managed-by=nnxlaunch"
 
@@ -33,48 +33,15 @@ class KubernetesBackend:
     def create(self, manifests: Sequence[Manifest], *, replace: bool = False) -> JobStatus:
         """Create one job from its manifests; the server checks all of them before the first is made.
 
-        The JobSet is created first, because its name is what two submits compete for, but suspended: nothing starts
-        before its config map, service account and network policy exist. They are owned by the JobSet and go with it.
+        What an interrupted submit of the same spec has begun is completed.
         """
-        resources = _resources(manifests)
-        (jobset,) = (manifest for resource, manifest in resources if resource is JOBSET)
-        name = jobset["metadata"]["name"]
-        self.check(manifests, replace=replace)
-        if replace:
-            try:
-                self.delete(name)
-            except NotFound:
-                pass
-        starts_by_itself = not jobset["spec"].get("suspend") and QUEUE_LABEL not in mapping(jobset["metadata"].get("labels"))
-        held = {**jobset, "spec": {**jobset["spec"], "suspend": True}} if starts_by_itself else jobset
-        created = self._api.create(JOBSET, self.namespace, self._placed(held))
-        uid = created["metadata"]["uid"]
-        with ExitStack() as undo:
-            undo.callback(self._api.delete, JOBSET, self.namespace, name, uid=uid)
-            for resource, manifest in resources:
-                if resource is not JOBSET:
-                    self._create_owned(resource, manifest, owner=created)
-            if starts_by_itself:
-                self._api.merge(JOBSET, self.namespace, name, {"spec": {"suspend": False}})
-            undo.pop_all()
-        return self.get(name)
+        submission = Submission(self._api, self.namespace, manifests)
+        submission.create(remove=self.delete if replace else None)
+        return self.get(submission.name)
 
     def check(self, manifests: Sequence[Manifest], *, replace: bool = False) -> None:
-        """Have the server try all of `create` without doing it: schema, webhooks, permissions, and the name last.
-
-        JobSet takes what its Jobs and their pods would only be refused for later, where nobody looks: one of each is
-        tried too, as far as this user may. Raises as `create`.
-        """
-        for resource, manifest in _resources(manifests):
-            try:
-                self._api.create(resource, self.namespace, self._placed(manifest), dry_run=True)
-            except AlreadyExists as error:
-                if resource is JOBSET and not replace:
-                    name = manifest["metadata"]["name"]
-                    raise AlreadyExists(f"a job {name!r} exists already in namespace {self.namespace!r}", hint=error.hint) from None
-        for resource, manifest in first_children(manifests):
-            with suppress(AlreadyExists, NotAllowed, OverQuota):  # room for it may come
-                self._api.create(resource, self.namespace, self._placed(manifest), dry_run=True)
+        """Have the server try all of `create` without doing it. Raises as `create`."""
+        Submission(self._api, self.namespace, manifests).check(replace=replace)
 
     def get(self, name: str) -> JobStatus:
         return self._status(self._jobset(name))
@@ -178,45 +145,6 @@ class KubernetesBackend:
             return self._api.list(Resource(version, "Workload", "workloads"), self.namespace) if version else []
         except (NotFound, Unavailable):
             return []
-
-    def _create_owned(self, resource: Resource, manifest: Manifest, *, owner: Manifest) -> None:
-        """Create it owned by the JobSet; what an earlier job of the same name has left behind gives way."""
-        reference = {key: owner[key] for key in ("apiVersion", "kind")} | {key: owner["metadata"][key] for key in ("name", "uid")}
-        placed = self._placed(manifest)
-        placed["metadata"]["ownerReferences"] = [{**reference, "controller": True, "blockOwnerDeletion": False}]
-        try:
-            self._api.create(resource, self.namespace, placed)
-        except AlreadyExists:
-            name = manifest["metadata"]["name"]
-            present = self._api.get(resource, self.namespace, name)
-            owners = items(present["metadata"].get("ownerReferences"))
-            if not any(o["kind"] == JOBSET.kind and o["name"] == reference["name"] and o["uid"] != reference["uid"] for o in owners):
-                raise AlreadyExists(
-                    f"{resource.kind} {name!r} exists already in namespace {self.namespace!r} and is not this job's",
-                    hint=f"choose another job name, or: kubectl delete {resource.plural} {name} -n {self.namespace}",
-                ) from None
-            self._api.delete(resource, self.namespace, name, uid=present["metadata"]["uid"])
-            self._api.create(resource, self.namespace, placed)
-
-    def _placed(self, manifest: Manifest) -> Manifest:
-        return {**manifest, "metadata": {**manifest["metadata"], "namespace": self.namespace}}
-
-
-def first_children(manifests: Sequence[Manifest]) -> Iterator[tuple[Resource, Manifest]]:
-    """The first Job of each kind in the JobSet, and its first pod with the namespace's default service account."""
-    for jobset in (manifest for manifest in manifests if manifest["kind"] == JOBSET.kind):
-        for part in jobset["spec"]["replicatedJobs"]:
-            name, job = f"{jobset['metadata']['name']}-{part['name']}-0", part["template"]
-            metadata = {**mapping(job.get("metadata")), "name": name}
-            yield JOB, {"apiVersion": JOB.api_version, "kind": JOB.kind, "metadata": metadata, "spec": job["spec"]}
-            pod = job["spec"]["template"]
-            metadata = {**mapping(pod.get("metadata")), "name": f"{name}-0"}
-            spec = {key: value for key, value in pod["spec"].items() if key != "serviceAccountName"}
-            yield POD, {"apiVersion": POD.api_version, "kind": POD.kind, "metadata": metadata, "spec": spec}
-
-
-def _resources(manifests: Sequence[Manifest]) -> list[tuple[Resource, Manifest]]:
-    return [(CREATABLE[manifest["apiVersion"], manifest["kind"]], manifest) for manifest in manifests]
 
 
 def _of(name: str, children: Sequence[Manifest]) -> list[Manifest]:

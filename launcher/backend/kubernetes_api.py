@@ -107,6 +107,13 @@ class Api:
         except (NotFound, Unavailable):
             return None
 
+    def published_schema(self, group_version: str) -> Manifest | None:
+        """The OpenAPI document of an API group (some 400 KB for JobSet); None where the server does not show it."""
+        try:
+            return self._json("get", f"/openapi/v3/apis/{group_version}", f"read the schema of {group_version}")
+        except (NotFound, Unavailable):
+            return None
+
     def merge(self, resource: Resource, namespace: str, name: str, change: Manifest) -> Manifest:
         """Merge `change` into the object (RFC 7386)."""
         return self._json(
@@ -118,9 +125,10 @@ class Api:
             field_manager=FIELD_MANAGER,
         )
 
-    def delete(self, resource: Resource, namespace: str, name: str, *, uid: str | None = None) -> None:
-        """Ask for deletion, dependents first. With `uid`, only that very object."""
-        options: Manifest = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Foreground"}
+    def delete(self, resource: Resource, namespace: str, name: str, *, uid: str | None = None, at_once: bool = False) -> None:
+        """Ask for deletion: dependents first, or `at_once` for an object that has none. With `uid`, only that very object."""
+        policy = "Background" if at_once else "Foreground"
+        options: Manifest = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": policy}
         if uid:
             options["preconditions"] = {"uid": uid}
         self._json("delete", resource.path(namespace, name), f"delete {_said(resource, name)}", body=options)

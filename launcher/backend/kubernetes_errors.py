@@ -15,6 +15,11 @@ from launcher.errors import AlreadyExists, NnxlaunchError, NotFound, Unavailable
 
 JOBSET_INSTALL: Final = "kubectl apply --server-side -f https://github.com/kubernetes-sigs/jobset/releases/latest/download/manifests.yaml"
 _RBAC = re.compile(r'User "(?P<user>[^"]*)" cannot (?P<verb>\w+) resource "(?P<resource>[^"]*)"')
+_WEBHOOK = re.compile(r'^admission webhook "(?P<name>[^"]*)" denied the request: (?P<words>.*)', re.DOTALL)
+_POLICY = re.compile(r"ValidatingAdmissionPolicy '(?P<name>[^']*)'.* denied request: (?P<words>.*)", re.DOTALL)
+_PRIORITY = re.compile(r"no PriorityClass with name (?P<name>\S+) was found")
+_ACCOUNT = re.compile(r"error looking up service account (?P<namespace>[^/\s]+)/(?P<name>[^:\s]+):")
+_LIMIT_RANGE = re.compile(r"forbidden: \[?(?P<words>(maximum|minimum) .* usage per .*)", re.DOTALL)
 _TRANSIENT_STATUS: Final = frozenset({429, 500, 502, 503, 504})
 
 
@@ -74,6 +79,29 @@ def from_status(status: int, body: str | bytes | None, *, doing: str, where: str
         )
     if "exceeded quota" in message:
         return OverQuota(f"cannot {doing}: {message}", hint="free some of the namespace's quota, or ask for more")
+    if status == 409:
+        return Unavailable(
+            f"cannot {doing}: somebody else changed it at the same time: {message}", hint="try again; it is read anew each time"
+        )
+    if match := _PRIORITY.search(message):
+        return Unavailable(
+            f"cannot {doing}: there is no PriorityClass {match['name']!r} in {where}",
+            hint="see what there is with: kubectl get priorityclasses; then change `priority` in the spec, or leave it out",
+        )
+    if match := _ACCOUNT.search(message):
+        return Unavailable(
+            f"cannot {doing}: there is no service account {match['name']!r} in namespace {match['namespace']!r}",
+            hint=f"kubectl -n {match['namespace']} create serviceaccount {match['name']}; or leave `service_account` out of the spec",
+        )
+    if match := _LIMIT_RANGE.search(message):
+        return Unavailable(
+            f"cannot {doing}: a LimitRange of the namespace forbids it: {match['words'].rstrip(']')}",
+            hint="change `resources` in the spec; see the limits with: kubectl describe limitrange",
+        )
+    if "because it is being terminated" in message:
+        return Unavailable(f"cannot {doing}: the namespace is being deleted", hint="use another namespace: -n NAMESPACE")
+    if match := _WEBHOOK.search(message) or _POLICY.search(message):
+        return Unavailable(f"cannot {doing}: {match['name']} of {where} denies it: {match['words']}", hint=_denial_hint(match["name"]))
     if "failed calling webhook" in message:
         return TemporarilyUnavailable(
             f"cannot {doing}: an admission webhook of {where} does not answer: {message}",
@@ -84,6 +112,13 @@ def from_status(status: int, body: str | bytes | None, *, doing: str, where: str
             f"cannot {doing}: {where} answered {status}: {message or 'no reason given'}", hint="try again in a moment"
         )
     return Unavailable(f"cannot {doing}: {where} refused it: {message or f'HTTP {status}'}")
+
+
+def _denial_hint(name: str) -> str:
+    """Who made the rule, by the name of the webhook or policy."""
+    if name.endswith(".kb.io"):
+        return "a rule of JobSet or Kueue that its message names; change that part of the spec"
+    return f"a rule of this cluster: whoever runs {name!r} can say what it allows"
 
 
 def from_connection(error: BaseException, *, doing: str, where: str) -> Unavailable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,20 +10,24 @@ import typer
 
 from launcher.backend import BackendKind
 from launcher.cli.options import BackendChoice, Context, Kubeconfig, Namespace, Overrides
+from launcher.manifest.names import SPEC_HASH_LABEL
 
 EXAMPLES = """  nnxlaunch submit job.yaml                          on the cluster of the current context
   nnxlaunch submit job.yaml --backend local          as processes of this machine
   nnxlaunch submit job.yaml --set train.steps=100 --replace
+  nnxlaunch submit job.yaml --attach                 and follow it; one that exists already is followed as it is
 """
 
 DefaultSpec = Annotated[Path, typer.Argument(metavar="[SPEC]", help="The job spec, a YAML file; `-` reads standard input.")]
 Replace = Annotated[bool, typer.Option("--replace", help="Delete a job of the same name first, and wait until it is gone.")]
+Attach = Annotated[bool, typer.Option("--attach", help="Follow its logs until it ends; a job of that name that exists is not touched.")]
 
 
 def command(
     spec: DefaultSpec = Path("job.yaml"),
     overrides: Overrides = [],  # noqa: B006  (Typer reads it)
     replace: Replace = False,
+    attach: Attach = False,
     backend: BackendChoice = BackendKind.KUBERNETES,
     namespace: Namespace = None,
     context: Context = None,
@@ -30,18 +35,32 @@ def command(
 ) -> None:
     """Start a job: check the spec, render it, create what `render` shows.
 
-    A run directory that already holds checkpoints of this run is resumed.
+    A run directory that already holds checkpoints of this run is resumed. A submit that was interrupted is completed by
+    the same one again.
     """
     from launcher.checks import load
     from launcher.cli.backends import connect, flags
+    from launcher.errors import AlreadyExists
     from launcher.manifest import render
 
     parsed = load(spec, overrides, target=backend.value)
     manifests = render(parsed)
     target = connect(backend, context=context, kubeconfig=kubeconfig, namespace=namespace)
-    status = target.create(manifests, replace=replace)
     options = flags(backend, namespace)
+    try:
+        status = target.create(manifests, replace=replace)
+    except AlreadyExists:
+        if not attach:
+            raise
+        status = target.get(parsed.name)
+        if status.labels.get(SPEC_HASH_LABEL) != parsed.hash:
+            print(f"note: {parsed.name} runs another spec than {spec}; it goes on unchanged", file=sys.stderr)
     print(f"{status.name}: {status.state}{f': {status.message}' if status.message else ''}")
     print(f"run directory: {parsed.train.run_directory}")
-    print(f"follow it:     nnxlaunch logs {status.name} -f{options}")
-    print(f"stop it:       nnxlaunch cancel {status.name}{options}")
+    if not attach:
+        print(f"follow it:     nnxlaunch logs {status.name} -f{options}")
+    print(f"stop it:       nnxlaunch cancel {status.name}{options}", flush=True)
+    if attach:
+        from launcher.cli.follow import follow
+
+        follow(target, backend, status.name)

@@ -82,8 +82,56 @@ ANSWERS: dict[str, tuple[tuple[int, str], type[NnxlaunchError], str, str]] = {
     "webhook denial": (
         answer(422, 'admission webhook "vjobset.kb.io" denied the request: JobSet name is too long', "Invalid"),
         Unavailable,
-        "refused it: admission webhook",
-        "",
+        f"vjobset.kb.io of {WHERE} denies it: JobSet name is too long",
+        "JobSet or Kueue",
+    ),
+    "somebody's webhook": (
+        answer(403, 'admission webhook "images.example.com" denied the request: only signed images', "Forbidden"),
+        Unavailable,
+        "images.example.com of",
+        "whoever runs 'images.example.com'",
+    ),
+    "policy denial": (
+        answer(
+            422,
+            'jobsets.jobset.x-k8s.io "a" is forbidden: ValidatingAdmissionPolicy \'cost\' with binding \'all\' denied request: label team',
+            "Invalid",
+        ),
+        Unavailable,
+        f"cost of {WHERE} denies it: label team",
+        "whoever runs 'cost'",
+    ),
+    "changed meanwhile": (
+        answer(409, 'Operation cannot be fulfilled on jobsets "a": the object has been modified', "Conflict"),
+        Unavailable,
+        "at the same time",
+        "try again",
+    ),
+    "no priority class": (
+        answer(403, 'pods "a-0" is forbidden: no PriorityClass with name urgent was found', "Forbidden"),
+        Unavailable,
+        "no PriorityClass 'urgent'",
+        "kubectl get priorityclasses",
+    ),
+    "no account": (
+        answer(
+            403, 'pods "a-0" is forbidden: error looking up service account ns/trainer: serviceaccount "trainer" not found', "Forbidden"
+        ),
+        Unavailable,
+        "no service account 'trainer' in namespace 'ns'",
+        "kubectl -n ns create serviceaccount trainer",
+    ),
+    "limit range": (
+        answer(403, 'pods "a-0" is forbidden: maximum memory usage per Container is 1Gi, but limit is 4Gi', "Forbidden"),
+        Unavailable,
+        "a LimitRange of the namespace forbids it: maximum memory usage",
+        "`resources`",
+    ),
+    "namespace goes": (
+        answer(403, 'jobsets "a" is forbidden: unable to create new content in namespace x because it is being terminated', "Forbidden"),
+        Unavailable,
+        "the namespace is being deleted",
+        "-n NAMESPACE",
     ),
     "a proxy's page": ((403, "<html>Forbidden</html>"), Unavailable, "refused it: HTTP 403", ""),
 }
