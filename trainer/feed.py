@@ -15,7 +15,6 @@ class Feed:
         self._shape = (global_batch, sequence_length)
         self._sharding = layout.sharding(("batch", "length"), self._shape)
         indices = self._sharding.addressable_devices_indices_map(self._shape).values()
-        assert all(index[1].indices(sequence_length)[:2] == (0, sequence_length) for index in indices if index is not None)
         spans = [index[0].indices(global_batch)[:2] for index in indices if index is not None]
         self.local_rows = np.unique(np.concatenate([np.arange(start, stop) for start, stop in spans]))
         """Positions within the global batch that this process's devices hold, ascending."""
@@ -32,6 +31,6 @@ class Feed:
             assert index is not None
             start, stop, _ = index[0].indices(self._shape[0])
             first = self._offset[start]
-            return rows[first : first + stop - start]
+            return rows[first : first + stop - start, index[1]]
 
         return jax.make_array_from_callback(self._shape, self._sharding, shard)

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from trainer import distributed
+from trainer.aot.executable import load_executable
 from trainer.attempts import record_attempt
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint.mismatch import compare_meta
@@ -26,10 +27,10 @@ from trainer.feed import Feed
 from trainer.loop import Loop
 from trainer.loss import LossSums
 from trainer.observe import Profiler, Reporter, enable_compile_cache, make_header
-from trainer.parallel.mesh import build_mesh
+from trainer.parallel.compiler import check_options
 from trainer.parallel.sharding import Layout
 from trainer.state import StateSpec, describe_state, initial_state, state_from_items, state_items
-from trainer.step import Batch, EvalStep, make_eval_step, make_train_step
+from trainer.step import Batch, EvalStep, TrainStep, make_eval_step, make_train_step
 
 DATA_DEADLINE_SECONDS: Final = 3600
 """How long the processes wait for the one that is last to prepare its data."""
@@ -44,7 +45,7 @@ def run(config: TrainConfig) -> Exit:
     if config.compile_cache:
         enable_compile_cache(config.compile_cache)
     _require_consistent(config, world)
-    layout = Layout(build_mesh(config.mesh, jax.devices(), slices=world.slices))
+    layout = Layout.of(config, jax.devices(), slices=world.slices)
     data = open_data(config, process_index=world.process_index, process_count=world.process_count)
     _require_same_data(data)
     if world.process_index == 0:
@@ -67,7 +68,7 @@ def run(config: TrainConfig) -> Exit:
             reporter.event("resumed", step=begin, directory=config.run_directory)
         loop = Loop(
             config=config,
-            train_step=make_train_step(config, spec, layout),
+            train_step=_train_step(config, spec, layout, reporter),
             evaluate=_evaluation(config, data, layout, make_eval_step(config, spec, layout)) if config.eval else None,
             checkpoints=checkpoints,
             meta=meta,
@@ -80,6 +81,18 @@ def run(config: TrainConfig) -> Exit:
         profiler.close()
         reporter.close()
     return Exit.DONE
+
+
+def _train_step(config: TrainConfig, spec: StateSpec, layout: Layout, reporter: Reporter) -> TrainStep:
+    """The step compiled beforehand where there is one and it is this run's, else one that is compiled when it first runs."""
+    check_options(config.compiler, layout.mesh)
+    if path := config.compiler.executable:
+        found = load_executable(path, config, spec, layout)
+        if not isinstance(found, str):
+            reporter.event("compiled step loaded", path=path)
+            return found
+        reporter.event("compiled step not used", path=path, reason=found)
+    return make_train_step(config, spec, layout)
 
 
 def _first_state(config: TrainConfig, spec: StateSpec, checkpoints: Checkpoints, begin: int | None) -> nnx.State:

@@ -129,4 +129,6 @@ def _sharding(variable: nnx.Variable[Any], layout: Layout) -> NamedSharding:
     """Derived from the logical axes and the leaf's own shape; a leaf without axes (counters, keys) is replicated."""
     axes = variable.get_metadata().get("axes")
     shape = variable.get_value().shape
-    return layout.sharding(axes, shape) if axes is not None and len(axes) == len(shape) else layout.replicated
+    if axes is None or len(axes) != len(shape):
+        return layout.replicated
+    return layout.sharding(axes, shape, variable.get_metadata().get("path"))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any, Final
 
-from launcher.explain.memory import device_memory, shardings
+from launcher.explain.memory import device_memory
 from launcher.explain.outcome import outcomes
 from launcher.manifest import names
 from launcher.manifest.container import pull_policy
 from launcher.spec import JobSpec
 from trainer import contract
-from trainer.config.checks import batch_shards
 from trainer.config.flops import train_flops
+from trainer.config.layouts import batch_shards, weight_layouts
 from trainer.config.mesh import used
 from trainer.config.rules import Resolution, in_use
 from trainer.config.weights import parameter_count
@@ -90,7 +90,7 @@ def _mesh(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
 
 
 def _batch(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
-    batch, shards = spec.train.batch, batch_shards(mesh)
+    batch, shards = spec.train.batch, batch_shards(mesh, spec.train.sharding)
     tokens = batch.global_batch * batch.sequence_length
     return {
         "global_batch_sequences": batch.global_batch,
@@ -145,7 +145,7 @@ def _verdict(share: float) -> str:
 def _sharding(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
     """Per weight: its shape, the mesh axes of each dim, and what could not apply."""
     found: dict[str, Any] = {}
-    for weight, layout in shardings(spec.train.model, mesh):
+    for weight, layout in weight_layouts(spec.train, mesh):
         entry: dict[str, Any] = {"shape": "x".join(map(str, weight.shape)), "layout": _layout(weight.axes, layout)}
         skipped = [skip for skip in layout.skipped if skip.matters]
         if skipped:

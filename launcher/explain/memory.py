@@ -7,14 +7,13 @@ what a layer keeps for the backward pass by remat policy. XLA fuses and reuses b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainer.config import TrainConfig
-from trainer.config.checks import batch_shards
+from trainer.config.layouts import batch_shards, length_shards, weight_layouts
 from trainer.config.model import Block, Model
-from trainer.config.rules import Resolution, resolve, shard_elements
-from trainer.config.weights import Weight, weights
+from trainer.config.rules import shard_elements
 
 FLOAT32 = 4
 
@@ -35,18 +34,12 @@ class Memory:
         return self.parameters + self.optimizer + self.gradients + self.saved_activations + self.layer_at_work + self.logits
 
 
-def shardings(model: Model, mesh: Mapping[str, int]) -> Iterator[tuple[Weight, Resolution]]:
-    """How each weight is laid out over the mesh."""
-    for weight in weights(model):
-        yield weight, resolve(weight.axes, weight.shape, mesh)
-
-
 def device_memory(config: TrainConfig, mesh: Mapping[str, int]) -> Memory:
     """Of a training step on `mesh` (mesh axis -> degree)."""
-    model, tensor = config.model, mesh.get("tensor", 1)
-    kept = sum(FLOAT32 * shard_elements(weight.shape, layout, mesh) for weight, layout in shardings(model, mesh))
-    sequences = math.ceil(config.batch.global_batch / (config.batch.accumulation * batch_shards(dict(mesh))))
-    tokens = sequences * config.batch.sequence_length
+    model, tensor = config.model, mesh.get("tensor", 1) * mesh.get("tensor_sequence", 1)
+    kept = sum(FLOAT32 * shard_elements(weight.shape, layout, mesh) for weight, layout in weight_layouts(config, mesh))
+    sequences = math.ceil(config.batch.global_batch / (config.batch.accumulation * batch_shards(mesh, config.sharding)))
+    tokens = sequences * config.batch.sequence_length // length_shards(mesh, config.sharding)
     width_bytes = 2 if model.compute_dtype == "bfloat16" else FLOAT32
     length = config.batch.sequence_length
     saved = 0

@@ -145,9 +145,20 @@ RULES = [
     (TPU, ["train.batch.accumulation=4"], ["train.batch.accumulation=2"], "train.batch.global_batch", "batch-shards"),
     (TPU, ["train.eval={every_steps: 5, global_batch: 8}"], ["train.eval={every_steps: 5, global_batch: 16}"],
      "train.eval.global_batch", "batch-shards"),
-    (TPU, ["train.mesh.ici={data: 1, tensor: 16}"], ["train.mesh.ici={data: 4, tensor: 4}"],
+    (TPU, ["train.mesh.ici={data: 1, tensor: 16}"], ["train.mesh.ici={data: 8, tensor: 2}"],
      "train.model.segments.0.pattern.0.attention.heads", "model-shards"),
     (TPU, ["train.model.width=200", "train.mesh.ici={fsdp: 16}"], ["train.mesh.ici={fsdp: 16}"], "train.model.width", "model-shards"),
+    (TPU, ["train.mesh.ici={data: 2, context: 8}", "train.batch.sequence_length=100"],
+     ["train.mesh.ici={data: 2, context: 8}", "train.batch.sequence_length=104"], "train.batch.sequence_length", "length-shards"),
+    (TPU, ["train.mesh.ici={data: 8, diloco: 2}"], ["train.mesh.ici={data: 8, expert: 2}"], "train.mesh.ici.diloco", "axis-unused"),
+    (TPU, ["train.mesh.ici={data: 4, tensor: 4}"], ["train.mesh.ici={data: 4, tensor: 4}", "train.sharding.unsharded_limit=0.08"],
+     "train.sharding.unsharded_limit", "unsharded"),
+    (TPU, ["train.sharding.rules=[{axis: mpl, mesh: [fsdp]}]"], ["train.sharding.rules=[{axis: mlp, mesh: [fsdp]}]"],
+     "train.sharding.rules.0.axis", "logical-axis"),
+    (TPU, ["train.sharding.rules=[{axis: mlp, mesh: [fsdp], weight: embed/table}]"],
+     ["train.sharding.rules=[{axis: vocab, mesh: [fsdp], weight: embed/table}]"], "train.sharding.rules.0.axis", "logical-axis"),
+    (TPU, ["train.sharding.rules=[{axis: vocab, mesh: [fsdp], weight: embd/table}]"],
+     ["train.sharding.rules=[{axis: vocab, mesh: [fsdp], weight: 'embed/*'}]"], "train.sharding.rules.0.weight", "weight-pattern"),
     (TPU, ["train.schedule.warmup_steps=101"], ["train.schedule.warmup_steps=100"], "train.schedule.warmup_steps", "schedule"),
     (TPU, ["train.schedule.decay_until_step=10"], ["train.schedule.decay_until_step=11"], "train.schedule.decay_until_step", "schedule"),
     (TPU, ["train.eval={every_steps: 101}"], ["train.eval={every_steps: 100}"], "train.eval.every_steps", "never"),
@@ -188,6 +199,18 @@ def test_all_problems_are_reported_in_one_run_those_of_form_and_those_across_fie
 def test_a_cpu_job_may_keep_its_files_on_this_machine_but_not_on_a_cluster() -> None:
     assert found(CPU, "directory=runs", target=None) == []
     assert [problem.code for problem in found(CPU, "directory=runs")] == ["path-not-mounted"]
+
+
+def test_an_axis_that_is_not_one_comes_with_the_nearest() -> None:
+    rules = "[{axis: mpl, mesh: [fsdb]}, {axis: headss, mesh: [tensor]}, {axis: vocab, mesh: [fsdp], weight: embed/tabel}]"
+    hints = {problem.path: problem.hint for problem in found(TPU, f"train.sharding.rules={rules}")}
+    assert hints == {"train.sharding.rules.0.mesh.0": "did you mean 'fsdp'?"}
+    hints = {problem.path: problem.hint for problem in found(TPU, f"train.sharding.rules={rules.replace('fsdb', 'fsdp')}")}
+    assert hints == {
+        "train.sharding.rules.0.axis": "did you mean 'mlp'?",
+        "train.sharding.rules.1.axis": "did you mean 'heads'?",
+        "train.sharding.rules.2.weight": "did you mean 'embed/table'?",
+    }
 
 
 def test_a_name_that_is_not_one_comes_with_one_that_is() -> None:

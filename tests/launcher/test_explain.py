@@ -60,7 +60,12 @@ def test_a_model_that_cannot_fit_is_said_to_not_fit() -> None:
 
 
 def test_sharding_names_what_an_axis_cannot_divide() -> None:
-    spec = example("v5p-128-spot", "train.mesh.ici={data: 4, fsdp: 1, tensor: 16}", "train.batch.global_batch=512")
+    spec = example(
+        "v5p-128-spot",
+        "train.mesh.ici={data: 4, fsdp: 1, tensor: 16}",
+        "train.batch.global_batch=512",
+        "train.sharding.unsharded_limit=0.04",
+    )
     key = explain(spec)["sharding"]["segments/0/0/attention/key"]
     assert key["layout"] == "layer, embed, kv_heads, head_dim" and "tensor=16 does not divide kv_heads=8" in key["dropped"][0]
 

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from trainer.config import TrainConfig, apply_overrides, validate
-from trainer.parallel.mesh import build_mesh
 from trainer.parallel.sharding import Layout
 
 BATCH, LENGTH, VOCABULARY = 8, 16, 64
@@ -35,7 +34,7 @@ def config(*overrides: str, run_directory: str = "unused", **changes: Any) -> Tr
 
 
 def layout(config: TrainConfig, devices: int = 8, slices: int = 1) -> Layout:
-    return Layout(build_mesh(config.mesh, jax.devices()[:devices], slices=slices))
+    return Layout.of(config, jax.devices()[:devices], slices=slices)
 
 
 def ragged_batch(seed: int, *, batch: int = BATCH, length: int = LENGTH, vocabulary: int = VOCABULARY) -> dict[str, np.ndarray]:

@@ -6,11 +6,11 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Final
 
 from trainer.config.data import ArrayRecord, Bytes, JsonLines, Parquet, PythonStandardLibrary, Synthetic, Text
+from trainer.config.layouts import batch_divides, mesh_axes_are_used, model_divides, rules_are_known, weights_are_split
 from trainer.config.mesh import product
 from trainer.config.optimizer import Cosine, WarmupStableDecay
 from trainer.config.paths import path_fault
 from trainer.config.problem import Problem
-from trainer.config.rules import RULES
 from trainer.config.train import TrainConfig
 
 BYTES_VOCABULARY: Final = 258
@@ -23,6 +23,9 @@ def check_train(config: TrainConfig, *, slices: int, devices_per_slice: int, pro
     if shape is not None:
         yield from batch_divides(config, shape)
         yield from model_divides(config, shape)
+        yield from mesh_axes_are_used(config, shape)
+        yield from weights_are_split(config, shape)
+    yield from rules_are_known(config)
     yield from schedule_ends(config)
     yield from steps_are_reached(config, processes=processes)
     yield from tokenizer_fits(config)
@@ -42,49 +45,6 @@ def mesh_fits(config: TrainConfig, *, slices: int, devices_per_slice: int) -> Ge
             hint = f"degrees of mesh.{link} whose product is {total}; one of them may be -1: what is left"
             yield Problem(path=f"mesh.{link}", message=str(error), hint=hint, code="mesh", value=product(degrees.by_axis()), limit=total)
     return config.mesh.shape(slices=slices, devices_per_slice=devices_per_slice) if fits else None
-
-
-def batch_shards(shape: dict[str, int]) -> int:
-    """Ways the batch is split over a mesh."""
-    axes = next(axes for name, axes in RULES if name == "batch")
-    shards = 1
-    for axis in axes:
-        shards *= shape.get(axis, 1)
-    return shards
-
-
-def batch_divides(config: TrainConfig, shape: dict[str, int]) -> Iterator[Problem]:
-    """Every microbatch, and every evaluation batch, has the same number of sequences on every shard of the batch."""
-    shards, accumulation = batch_shards(shape), config.batch.accumulation
-    axes = product({axis: shape.get(axis, 1) for axis in next(axes for name, axes in RULES if name == "batch")})
-    batches = {"batch.global_batch": (config.batch.global_batch, accumulation)}
-    if config.eval is not None and config.eval.global_batch is not None:
-        batches["eval.global_batch"] = (config.eval.global_batch, 1)
-    for path, (sequences, parts) in batches.items():
-        unit = shards * parts
-        if sequences % unit:
-            needed = f"{shards} batch shards ({axes})" + (f" x {parts} accumulation" if parts > 1 else "")
-            hint = f"{unit}" if sequences < unit else f"{sequences - sequences % unit} or {sequences - sequences % unit + unit}"
-            message = f"{sequences} sequences cannot be divided evenly over {needed}: not a multiple of {unit}"
-            yield Problem(path=path, message=message, hint=hint, code="batch-shards", value=sequences, limit=unit)
-
-
-def model_divides(config: TrainConfig, shape: dict[str, int]) -> Iterator[Problem]:
-    """Dims that a mesh axis splits are multiples of its degree; otherwise the axis would do nothing but cost."""
-    model, tensor, fsdp = config.model, shape.get("tensor", 1), shape.get("fsdp", 1)
-    if model.width % fsdp:
-        yield _uneven("model.width", model.width, "fsdp", fsdp)
-    for s, segment in enumerate(model.segments):
-        for p, block in enumerate(segment.pattern):
-            path = f"model.segments.{s}.pattern.{p}"
-            for name, size in (("attention.heads", block.attention.heads), ("mlp.hidden", block.mlp.hidden)):
-                if size % tensor:
-                    yield _uneven(f"{path}.{name}", size, "tensor", tensor)
-
-
-def _uneven(path: str, size: int, axis: str, degree: int) -> Problem:
-    message, hint = f"{size} cannot be divided by {axis}={degree}", f"choose a degree of {axis} that divides {size}"
-    return Problem(path=path, message=message, hint=hint, code="model-shards", value=size, limit=degree)
 
 
 def schedule_ends(config: TrainConfig) -> Iterator[Problem]:

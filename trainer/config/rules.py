@@ -40,7 +40,10 @@ RULES: Final[tuple[Rule, ...]] = (
     ("embed", ("fsdp", "fsdp_transpose", "context")),
     ("embed", ("fsdp", "context")),
 )
-"""Names without a rule (`act_embed`, `head_dim`, `norm`, `layer`, `repeat`) are replicated."""
+"""The built-in table. Its order decides; a name that no rule is for is replicated."""
+
+UNRULED: Final = ("layer", "repeat", "head_dim", "norm", "act_embed")
+"""Logical axes without a rule."""
 
 
 def inside_pipeline(rules: Sequence[Rule]) -> tuple[Rule, ...]:

@@ -12,6 +12,7 @@ from trainer.config.mesh import Mesh
 from trainer.config.model import Model
 from trainer.config.optimizer import AdamW, Loss, Optimizer, Schedule
 from trainer.config.run import Batch, Checkpoint, Distributed, Eval, Metrics, Profiler
+from trainer.config.sharding import Sharding
 
 
 class TrainConfig(Node):
@@ -25,6 +26,7 @@ class TrainConfig(Node):
     model: Model
     batch: Batch
     mesh: Mesh = Mesh()
+    sharding: Sharding = Sharding()
     optimizer: Optimizer = AdamW()
     schedule: Schedule
     loss: Loss = Loss()

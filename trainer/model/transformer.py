@@ -139,7 +139,7 @@ class Transformer(nnx.Module):
         def cast(param: nnx.Param) -> nnx.Variable[jax.Array]:
             if not param.inputs or param[...].dtype == dtype:
                 return param
-            return param.replace(constrain(param[...].astype(dtype), param.axes))
+            return param.replace(constrain(param[...].astype(dtype), param.axes, param.path))
 
         return graphdef, jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
@@ -150,7 +150,7 @@ class Transformer(nnx.Module):
         x_ND = x_BTD.reshape(-1, self.spec.width)
         kernel, subscripts = (self.embed["table"], "ND,VD->NV") if self.spec.tie_embeddings else (self.head["kernel"], "ND,DV->NV")
         with jax.default_matmul_precision(self.spec.matmul_precision):
-            weights = constrain(kernel[...].astype(x_ND.dtype), kernel.axes)
+            weights = constrain(kernel[...].astype(x_ND.dtype), kernel.axes, kernel.path)
             logits_NV = einsum_float32(subscripts, x_ND, weights)
         logits_BTV = logits_NV.reshape(*x_BTD.shape[:2], self.spec.vocab_size)
         if self.spec.head_soft_cap is not None:
@@ -161,10 +161,12 @@ class Transformer(nnx.Module):
 def create_abstract_model(model: Model) -> Transformer:
     """The model with a `jax.ShapeDtypeStruct` (float32) in each parameter: nothing is computed or traced.
 
-    Each `nnx.Param` carries the metadata `axes`, `init` and `inputs` of its `trainer.config.weights.Weight`.
+    Each `nnx.Param` carries the metadata `path`, `axes`, `init` and `inputs` of its `trainer.config.weights.Weight`.
     """
     return Transformer(model, {
-        weight.path: nnx.Param(jax.ShapeDtypeStruct(weight.shape, jnp.float32), axes=weight.axes, init=weight.init, inputs=weight.inputs)
+        weight.path: nnx.Param(
+            jax.ShapeDtypeStruct(weight.shape, jnp.float32), path=weight.path, axes=weight.axes, init=weight.init, inputs=weight.inputs
+        )
         for weight in weights(model)
     })  # fmt: skip
 

@@ -10,11 +10,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trainer.config.rules import RULES, Rule, resolve
+from trainer.config.rules import inside_pipeline, resolve
+from trainer.config.sharding import Sharding
+from trainer.config.train import TrainConfig
+from trainer.parallel.mesh import build_mesh
+
+if TYPE_CHECKING:
+    from jaxlib._jax import Device  # the public name is a variable to a type checker
+
+
+STANDARD: Final = Sharding()
 
 
 @dataclass(frozen=True)
@@ -22,17 +32,26 @@ class Layout:
     """A mesh and the rules that lay tensors over it."""
 
     mesh: Mesh
-    rules: tuple[Rule, ...] = RULES
+    sharding_config: Sharding = STANDARD
+    inside_stage: bool = False
+    """Within a pipeline's stage: the `stage` axis is taken, the batch is split over the others."""
 
-    def spec(self, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-        resolution = resolve(axes, shape, self.mesh.shape, self.rules)
+    @classmethod
+    def of(cls, config: TrainConfig, devices: Sequence[Device], *, slices: int = 1) -> Layout:
+        """The layout of a run. Raises ConfigError where its mesh does not fit the devices."""
+        return cls(build_mesh(config.mesh, devices, slices=slices), config.sharding)
+
+    def spec(self, axes: Sequence[str | None], shape: Sequence[int], weight: str | None = None) -> PartitionSpec:
+        """Mesh axes of a tensor with these logical axes; `weight` is its path where it is a weight, or belongs to one."""
+        rules = self.sharding_config.table(weight)
+        resolution = resolve(axes, shape, self.mesh.shape, inside_pipeline(rules) if self.inside_stage else rules)
         entries = [mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None for mesh_axes in resolution.spec]
         while entries and entries[-1] is None:
             entries.pop()
         return PartitionSpec(*entries)
 
-    def sharding(self, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
-        return NamedSharding(self.mesh, self.spec(axes, shape))
+    def sharding(self, axes: Sequence[str | None], shape: Sequence[int], weight: str | None = None) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(axes, shape, weight))
 
     @property
     def replicated(self) -> NamedSharding:
@@ -52,9 +71,12 @@ def use_layout(layout: Layout) -> Iterator[None]:
         _current.reset(token)
 
 
-def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """`x` with the sharding its logical `axes` resolve to; `x` itself outside of `use_layout` or on one device."""
+def constrain(x: jax.Array, axes: Sequence[str | None], weight: str | None = None) -> jax.Array:
+    """`x` with the sharding its logical `axes` resolve to; `x` itself outside of `use_layout` or on one device.
+
+    `weight`: the path of the weight that `x` is a copy of, for the rules attached to it.
+    """
     layout = _current.get()
     if layout is None or layout.mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape))
+    return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape, weight))
