@@ -15,6 +15,7 @@ from trainer.config.train import TrainConfig
 from trainer.ledger import Batch, Forward, Statistics, counts_of, forward_sums, ledger_metrics, mean_loss
 from trainer.loss import LossSums
 from trainer.optim import build_schedule
+from trainer.parallel.compiler import compiler_options
 from trainer.parallel.sharding import Layout, constrain, use_layout
 from trainer.state import StateSpec
 
@@ -54,7 +55,8 @@ def make_train_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> Tra
                 train.model.advance(statistics)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
             return nnx.state(train), metrics
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(spec.shardings, layout.replicated))
+    options = compiler_options(config.compiler, layout.mesh)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(spec.shardings, layout.replicated), compiler_options=options)
 
 
 def make_eval_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> EvalStep:

@@ -31,6 +31,7 @@ COMMANDS: Final[dict[str, str]] = {
     "cancel": "Stop a job and remove it.",
     "image": "Build or push the trainer image.",
     "data": "Prepare the tokenised, packed data cache.",
+    "compile": "Compile the train step for hardware that is not here: memory, collectives, bounds.",
     "export": "Write a checkpoint as Hugging Face safetensors.",
 }
 

@@ -22,6 +22,7 @@ FREE: Final[dict[str, str]] = {
     "metrics": "reporting only",
     "profiler": "reporting only",
     "compile_cache": "speed only",
+    "compiler": "speed and rounding only",
     "distributed": "timeouts only",
     "data.sources.*.paths": "the data's fingerprint decides: the same text may lie elsewhere",
     "data.sources.*.max_bytes": "the data's fingerprint decides",

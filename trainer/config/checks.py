@@ -100,6 +100,7 @@ def named_paths(config: TrainConfig) -> Sequence[tuple[str, str]]:
     found: list[tuple[str, str | None]] = [
         ("run_directory", config.run_directory),
         ("compile_cache", config.compile_cache),
+        ("compiler.executable", config.compiler.executable),
         ("checkpoint.start_from", config.checkpoint.start_from),
         ("data.cache_directory", config.data.cache_directory),
     ]

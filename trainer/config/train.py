@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from trainer.config.base import Node, NonNegativeInt, PositiveInt
+from trainer.config.compiler import Compiler
 from trainer.config.data import Data
 from trainer.config.mesh import Mesh
 from trainer.config.model import Model
@@ -37,4 +38,5 @@ class TrainConfig(Node):
     profiler: Profiler | None = None
     compile_cache: str | None = None
     """Folder or gs:// path of JAX's persistent compile cache; process 0 writes."""
+    compiler: Compiler = Compiler()
     distributed: Distributed = Distributed()

@@ -1,0 +1,49 @@
+"""XLA options of the train step: the defaults of the TPU generation (`compiler_options.yaml`), then the config's own."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import jax
+import yaml
+from jax.sharding import Mesh
+
+from trainer.config.compiler import Compiler
+from trainer.config.problem import ConfigError, Problem
+
+Options = dict[str, Any]
+
+
+def compiler_options(config: Compiler, mesh: Mesh) -> Options | None:
+    """Options by name for the devices of `mesh`; None where there are none."""
+    found: Options = {}
+    if config.default_options:
+        found = {name: entry["value"] for name, entry in _defaults().get(mesh.devices.flat[0].device_kind, {}).items()}
+    found |= config.options
+    return {name: value for name, value in found.items() if value is not None} or None
+
+
+def check_options(config: Compiler, mesh: Mesh) -> None:
+    """Raises ConfigError for an option the compiler of these devices does not know, or a value it does not take."""
+    if not config.options:
+        return
+    device = mesh.local_mesh.devices.flat[0]
+    placed = jax.ShapeDtypeStruct((), "float32", sharding=jax.sharding.SingleDeviceSharding(device))
+    lowered = jax.jit(lambda x: x + 1).lower(placed)
+    problems: list[Problem] = []
+    for name, value in config.options.items():
+        try:
+            lowered.compile(compiler_options={} if value is None else {name: value})
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            message = f"{device.device_kind}: {next(iter(str(error).splitlines()), '')[:200]}"
+            hint = "options differ between platforms and releases; remove it"
+            problems.append(Problem(path=f"compiler.options.{name}", message=message, hint=hint, code="compiler-option", value=value))
+    if problems:
+        raise ConfigError(problems)
+
+
+@cache
+def _defaults() -> dict[str, dict[str, dict[str, Any]]]:
+    return yaml.safe_load((resources.files(__package__) / "compiler_options.yaml").read_text(encoding="utf-8"))
