@@ -1,4 +1,4 @@
-"""Text into token ids: bytes, a Hugging Face `tokenizer.json`, a SentencePiece `.model`.
+"""Text into token ids and back: bytes, a Hugging Face `tokenizer.json`, a SentencePiece `.model`.
 
 Every document is wrapped in the tokenizer's begin and end tokens where it has them; text that merely looks like a
 special token is encoded as text, so no document can forge a border.
@@ -26,15 +26,31 @@ class Tokenizer(Protocol):
     fingerprint: str
     """Changes whenever any text could be encoded differently."""
 
+    @property
+    def end(self) -> Sequence[int]:
+        """What `encode` writes after a document; empty where the tokenizer has no end token."""
+        ...
+
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """UTF-8 documents -> one array of ids each, begin and end tokens included."""
         ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`. Special tokens and ids of no token have none; bytes that are not UTF-8 become U+FFFD."""
+        ...
+
+
+def encode_beginning(tokenizer: Tokenizer, text: str) -> list[int]:
+    """`text` as the beginning of a document: its begin token, and no end token."""
+    ids: list[int] = tokenizer.encode([text.encode()])[0].tolist()
+    return ids[: len(ids) - len(tokenizer.end)]
 
 
 class ByteTokenizer:
     BEGIN, END = 256, 257
     vocabulary = 258
     fingerprint = "bytes-1"
+    end = (END,)
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         encoded: list[np.ndarray] = []
@@ -44,6 +60,9 @@ class ByteTokenizer:
             ids[1:-1] = np.frombuffer(document, np.uint8)
             encoded.append(ids)
         return encoded
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(one for one in ids if one < 256).decode(errors="replace")
 
 
 def _wrapped(ids: Sequence[int], begin: Sequence[int], end: Sequence[int]) -> np.ndarray:
@@ -66,9 +85,9 @@ class JsonTokenizer:
         self._tokenizer.no_truncation()
         beside = {} if config.begin_token and config.end_token else _read_beside(config.path)
         self._begin = self._special(config, config.begin_token or _content(beside, "bos_token"))
-        self._end = self._special(config, config.end_token or _content(beside, "eos_token"))
+        self.end = self._special(config, config.end_token or _content(beside, "eos_token"))
         self.vocabulary = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.fingerprint = _digest("huggingface", data, json.dumps([self._begin, self._end]).encode())
+        self.fingerprint = _digest("huggingface", data, json.dumps([self._begin, self.end]).encode())
 
     def _special(self, config: HuggingFaceTokenizer, token: str | None) -> list[int]:
         if not token:
@@ -81,7 +100,10 @@ class JsonTokenizer:
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         texts = [document.decode() for document in documents]
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [_wrapped(one.ids, self._begin, self._end) for one in encoded]
+        return [_wrapped(one.ids, self._begin, self.end) for one in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 class SentencePieceTokenizer:
@@ -95,13 +117,16 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise DataError(f"{config.path} is not a SentencePiece model: {error}", hint="give the `.model` file itself") from error
         begin, end = self._model.bos_id(), self._model.eos_id()
-        self._begin, self._end = [begin] if begin >= 0 else [], [end] if end >= 0 else []
+        self._begin, self.end = [begin] if begin >= 0 else [], [end] if end >= 0 else []
         self.vocabulary = self._model.get_piece_size()
         self.fingerprint = _digest("sentencepiece", data)
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         encoded: list[list[int]] = self._model.encode([document.decode() for document in documents], out_type=int)
-        return [_wrapped(ids, self._begin, self._end) for ids in encoded]
+        return [_wrapped(ids, self._begin, self.end) for ids in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode([one for one in ids if one < self.vocabulary])
 
 
 def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
