@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from trainer.config import TrainConfig
 from trainer.config.layouts import batch_shards, length_shards, weight_layouts
-from trainer.config.model import Block, Model
+from trainer.config.model import Block, Model, Segment
 from trainer.config.rules import shard_elements
+from trainer.config.weights import weights
 
 FLOAT32 = 4
 
@@ -77,21 +78,23 @@ def _saved_per_token(model: Model, block: Block, length: int, tensor: int) -> in
 def _products(model: Model, block: Block, tensor: int) -> int:
     """Results of the products with weights: query, key, value, attention output, gate, up, down."""
     attention = block.attention
-    heads = attention.head_dim * (attention.heads + 2 * attention.kv_heads)
-    return (heads + 2 * block.mlp.hidden) // tensor + 2 * model.width
+    heads = attention.head_dim * (attention.heads + attention.kv_heads) + attention.value_dim * attention.kv_heads
+    return (heads + 2 * block.mlp.active_hidden) // tensor + 2 * model.width
 
 
 def _scores(block: Block, length: int, tensor: int) -> int:
     """Attention scores and weighted values: one score for every earlier position and head."""
     attention = block.attention
-    return (attention.heads * (length + attention.head_dim)) // tensor
+    return (attention.heads * (length + attention.value_dim)) // tensor
 
 
 def _none(model: Model, block: Block, length: int, tensor: int) -> int:
     """Everything: products, scores and probabilities, two norms, two residual sums, activation and product of the MLP."""
-    return _products(model, block, tensor) + 2 * _scores(block, length, tensor) + 4 * model.width + 2 * block.mlp.hidden // tensor
+    return _products(model, block, tensor) + 2 * _scores(block, length, tensor) + 4 * model.width + 2 * block.mlp.active_hidden // tensor
 
 
 def _layer_weights(model: Model, block: Block) -> int:
-    attention = block.attention
-    return 2 * model.width * attention.head_dim * (attention.heads + attention.kv_heads) + 3 * model.width * block.mlp.hidden
+    """Elements of the layer's matrices; of a mixture, those of all experts."""
+    one = Segment(pattern=(block,), repeats=1)
+    declared = weights(model.model_copy(update={"segments": (one,)}))
+    return sum(math.prod(weight.layer_shape) for weight in declared if weight.inputs and weight.path.startswith("segments/"))

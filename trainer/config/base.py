@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from types import NoneType
 from typing import Annotated, Any, ClassVar, get_args, get_origin
 
@@ -25,6 +26,16 @@ class Node(BaseModel):
 
     accepted_keys: ClassVar[tuple[str, ...]] = ()
     """Keys a document may use beside the fields; a validator expands them before the fields are read."""
+
+
+def tag_or(default: str) -> Callable[[Any], str]:
+    """The discriminator of a union whose members have a `type`: what the document says, `default` where it says nothing."""
+
+    def tag(value: Any) -> str:
+        return str(value.get("type", default) if isinstance(value, dict) else getattr(value, "type", default))  # pyright: ignore
+
+    tag.__name__ = "type"  # what an error calls the missing key
+    return tag
 
 
 def near_miss(word: str, known: list[str]) -> str | None:
@@ -61,7 +72,7 @@ def locate(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[tup
 
 def known_keys(annotation: Any) -> list[str]:
     """Keys a mapping of this type may have, sorted; for a union, those of all its members."""
-    members = _members(_plain(annotation)[0])
+    members = [_plain(member)[0] for member in _members(_plain(annotation)[0])]
     models = [member for member in members if _is_model(member)]
     return sorted({key for member in models for key in (*member.model_fields, *getattr(member, "accepted_keys", ()))})
 
@@ -119,5 +130,5 @@ def _is_model(annotation: Any) -> bool:
 
 __all__ = [
     "Fraction", "Node", "NonNegativeFloat", "NonNegativeInt", "PositiveFloat", "PositiveInt", "ValidationError",
-    "dotted", "known_keys", "locate", "near_miss",
+    "dotted", "known_keys", "locate", "near_miss", "tag_or",
 ]  # fmt: skip

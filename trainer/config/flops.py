@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainer.config.model import Attention, Block, Model
+from trainer.config.model import Attention, GatedMlp, LatentAttention, Model, Moe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class ForwardFlops:
 
     projections: int  # attention's query, key, value and output products
     attention: int  # scores and weighted sums
-    mlp: int
+    mlp: int  # of a mixture: the router, and the experts a token passes
     head: int
 
     @property
@@ -36,7 +36,7 @@ def forward_flops(model: Model, sequence_length: int) -> ForwardFlops:
     return ForwardFlops(
         projections=sum(repeats * 2 * T * _projection_weights(block.attention, D) for block, repeats in layers),
         attention=sum(repeats * _attention_flops(block.attention, T) for block, repeats in layers),
-        mlp=sum(repeats * 2 * T * _mlp_weights(block, D) for block, repeats in layers),
+        mlp=sum(repeats * 2 * T * _mlp_weights(block.mlp, D) for block, repeats in layers),
         head=2 * T * D * model.vocab_size,
     )
 
@@ -58,13 +58,20 @@ def visible_pairs(sequence_length: int, window: int | None) -> int:
     return full * (full + 1) // 2 + (T - full) * full
 
 
-def _projection_weights(attention: Attention, width: int) -> int:
-    return width * attention.head_dim * 2 * (attention.heads + attention.kv_heads)
+def _projection_weights(attention: Attention | LatentAttention, width: int) -> int:
+    if isinstance(attention, Attention):
+        return width * attention.head_dim * 2 * (attention.heads + attention.kv_heads)
+    heads, rank = attention.heads, attention.query_rank
+    query = width * heads * attention.head_dim if rank is None else rank * (width + heads * attention.head_dim)
+    latent = width * (attention.key_value_rank + attention.rope_dim)
+    key_and_value = attention.key_value_rank * heads * (attention.plain_dim + attention.value_dim)
+    return query + latent + key_and_value + heads * attention.value_dim * width
 
 
-def _attention_flops(attention: Attention, sequence_length: int) -> int:
-    return 2 * 2 * attention.heads * attention.head_dim * visible_pairs(sequence_length, attention.window)
+def _attention_flops(attention: Attention | LatentAttention, sequence_length: int) -> int:
+    dims = attention.head_dim + attention.value_dim
+    return 2 * attention.heads * dims * visible_pairs(sequence_length, attention.window)
 
 
-def _mlp_weights(block: Block, width: int) -> int:
-    return 3 * width * block.mlp.hidden
+def _mlp_weights(mlp: GatedMlp | Moe, width: int) -> int:
+    return 3 * width * mlp.active_hidden + (width * mlp.experts if isinstance(mlp, Moe) else 0)

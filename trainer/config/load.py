@@ -150,7 +150,7 @@ def _problem(model: type[BaseModel], detail: Any, *, show: bool) -> Problem:
     elif kind == "missing":
         message = "is required"
     elif kind in ("union_tag_not_found", "union_tag_invalid"):
-        location = (*location, context["discriminator"].strip("'"))
+        location = (*location, context["discriminator"].strip("'()"))
         choices = [tag.strip("' ") for tag in context.get("expected_tags", "").split(",") if tag] or _tags(expected)
         given = cast("dict[str, Any]", value).get(location[-1]) if isinstance(value, dict) else None
         close = near_miss(given, choices) if isinstance(given, str) else None

@@ -6,87 +6,30 @@ unrolled. Parameters are addressed by (segment, position in the pattern, repeat)
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from trainer.config.base import Node, PositiveFloat, PositiveInt
+from trainer.config.attention import Attention, LatentAttention, LinearScaling, Llama3Scaling, Norm, Rope, YarnScaling
+from trainer.config.base import Node, PositiveFloat, PositiveInt, tag_or
+from trainer.config.mlp import BiasBalancing, Capacity, Clamp, DenseDispatch, Dropless, GatedMlp, Groups, Moe, Router
 from trainer.config.presets import expand_preset
 
 Dtype = Literal["float32", "bfloat16"]
 RematPolicy = Literal["none", "full", "minimal", "dots"]
 
 
-class Llama3Scaling(Node):
-    """Llama 3.1's frequency-dependent RoPE scaling (Hugging Face `rope_type: llama3`)."""
-
-    type: Literal["llama3"] = "llama3"
-    factor: PositiveFloat
-    low_freq_factor: PositiveFloat = 1.0
-    high_freq_factor: PositiveFloat = 4.0
-    original_length: PositiveInt
-    """Positions the unscaled model was trained on."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(f"low_freq_factor ({self.low_freq_factor}) must be below high_freq_factor ({self.high_freq_factor})")
-        return self
-
-
-class Rope(Node):
-    """Rotary position embedding (Su et al. 2021), halves rotated as in Llama."""
-
-    theta: PositiveFloat = 10_000.0
-    scaling: Llama3Scaling | None = None
-
-
-class Norm(Node):
-    """RMSNorm (Zhang and Sennrich 2019), computed in float32."""
-
-    epsilon: PositiveFloat = 1e-5
-
-
-class Attention(Node):
-    """Grouped-query causal attention (Ainslie et al. 2023)."""
-
-    heads: PositiveInt
-    kv_heads: PositiveInt
-    head_dim: PositiveInt
-    rope: Rope = Rope()
-    qk_norm: Norm | None = None
-    """RMSNorm over the head dim of queries and keys, before RoPE (Qwen 3)."""
-    window: PositiveInt | None = None
-    """Sliding window: a query sees itself and the `window - 1` positions before it."""
-    soft_cap: PositiveFloat | None = None
-    """Logits become `cap * tanh(logits / cap)` (Gemma 2)."""
-    qkv_bias: bool = False
-    output_bias: bool = False
-
-    @model_validator(mode="after")
-    def _groups(self) -> Self:
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim ({self.head_dim}) must be even for RoPE")
-        return self
-
-
-class GatedMlp(Node):
-    """`down(activation(gate(x)) * up(x))` (Shazeer 2020)."""
-
-    type: Literal["gated"] = "gated"
-    hidden: PositiveInt
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
-    bias: bool = False
-
-
 class Block(Node):
-    """One layer: pre-norm attention and pre-norm MLP, each with a residual connection."""
+    """One layer: attention and MLP, each with norms and a residual connection."""
 
-    attention: Attention
-    mlp: GatedMlp
+    attention: Annotated[
+        Annotated[Attention, Tag("grouped")] | Annotated[LatentAttention, Tag("latent")],
+        Discriminator(tag_or("grouped")),
+    ]
+    mlp: Annotated[Annotated[GatedMlp, Tag("gated")] | Annotated[Moe, Tag("moe")], Discriminator(tag_or("gated"))]
     norm: Norm = Norm()
+    norms: Literal["pre", "post", "both"] = "pre"
+    """Where norms stand: before attention and MLP (Llama), after them and before the residual sum (OLMo 2), or both (Gemma 2)."""
 
 
 class Segment(Node):
@@ -103,6 +46,8 @@ class Model(Node):
     vocab_size: PositiveInt
     width: PositiveInt
     """Model width (`embed`)."""
+    embedding_scale: PositiveFloat | None = None
+    """Embedded tokens are multiplied by it (Gemma: the square root of the width)."""
     segments: Annotated[tuple[Segment, ...], Field(min_length=1)]
     final_norm: Norm = Norm()
     tie_embeddings: bool = False
@@ -124,3 +69,14 @@ class Model(Node):
     @property
     def layer_count(self) -> int:
         return sum(len(segment.pattern) * segment.repeats for segment in self.segments)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The block of every layer, in forward order."""
+        return tuple(block for segment in self.segments for _ in range(segment.repeats) for block in segment.pattern)
+
+
+__all__ = [
+    "Attention", "BiasBalancing", "Block", "Capacity", "Clamp", "DenseDispatch", "Dropless", "Dtype", "GatedMlp", "Groups",
+    "LatentAttention", "LinearScaling", "Llama3Scaling", "Model", "Moe", "Norm", "RematPolicy", "Rope", "Router", "Segment", "YarnScaling",
+]  # fmt: skip

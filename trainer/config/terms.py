@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from trainer.config.model import Moe
 from trainer.config.train import TrainConfig
 
 Count = Literal["tokens", "positions"]
@@ -35,5 +36,8 @@ def loss_terms(config: TrainConfig) -> tuple[Term, ...]:
 
 def model_terms(config: TrainConfig) -> tuple[Term, ...]:
     """Terms whose sums the model's forward pass returns; a forward pass that returns others is refused."""
-    del config  # no part of the model has one
-    return ()
+    loss = config.loss
+    if not any(isinstance(block.mlp, Moe) for block in config.model.blocks):
+        return ()
+    weights = {"load_balance": loss.load_balance_weight, "router_z_loss": loss.router_z_loss_weight}
+    return tuple(Term(name=name, weight=weight, counts="positions") for name, weight in weights.items() if weight)

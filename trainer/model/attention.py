@@ -1,11 +1,11 @@
 """Grouped-query causal attention over packed sequences.
 
-B sequences, T query tokens, S key tokens, N query heads = K key/value heads x G queries each, H head dim, D model width.
+B sequences, T query tokens, S key tokens, N query heads = K key/value heads x G queries each, H head dim, V dims of a
+value (H here), D model width.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -16,7 +16,8 @@ from flax import nnx
 
 from trainer.config.model import Attention as AttentionSpec
 from trainer.config.model import Block, Rope
-from trainer.model.layers import Params, RmsNorm, add_bias, einsum_float32, rope_table, rotate, select, under
+from trainer.model.layers import Params, RmsNorm, add_bias, einsum_float32, select, under
+from trainer.model.rope import Table, rope_table, rotate
 from trainer.parallel.sharding import constrain
 
 # Finite, so that a row can never be all -inf; far below any score in float32.
@@ -37,7 +38,7 @@ class Context:
 
     valid: jax.Array  # bool [B, T]; False in padding
     masks: dict[int | None, jax.Array]  # window -> bool [B, T, S]: query t may see key s
-    tables: dict[tuple[Rope, int], tuple[jax.Array, jax.Array]]  # (rope, head dim) -> cosine and sine [B, T, H/2]
+    tables: dict[tuple[Rope, int], Table]  # (rope, rotated dims) -> cosine and sine
     past_masks: Mapping[int | None, jax.Array] = field(default_factory=dict[int | None, jax.Array])
     """window -> bool [B, T, S]: query t may see entry s of a layer's cache."""
     remember: bool = False
@@ -67,8 +68,8 @@ def make_context(
     """
     specs = [block.attention for block in blocks]
     masks = {window: attention_mask(positions_BT, segments_BT, window) for window in dict.fromkeys(spec.window for spec in specs)}
-    keys = dict.fromkeys((spec.rope, spec.head_dim) for spec in specs)
-    tables = {(rope, head_dim): rope_table(positions_BT, rope, head_dim) for rope, head_dim in keys}
+    keys = dict.fromkeys((spec.rope, spec.rotary_dim) for spec in specs)
+    tables = {(rope, rotated): rope_table(positions_BT, rope, rotated) for rope, rotated in keys}
     return Context(segments_BT != 0, masks, tables, past_masks or {}, remember)
 
 
@@ -86,23 +87,25 @@ def attention_mask(positions_BT: jax.Array, segments_BT: jax.Array, window: int 
 def attend(
     query_BTNH: jax.Array,
     key_BSKH: jax.Array,
-    value_BSKH: jax.Array,
+    value_BSKV: jax.Array,
     mask_BTS: jax.Array,
     *,
     soft_cap: float | None,
+    sinks_N: jax.Array | None = None,
     past: Seen | None = None,
 ) -> jax.Array:
-    """softmax(cap(q k^T)) v with the softmax in float32; queries come scaled. Returns [B, T, N, H] in the dtype of `value`.
+    """softmax(cap(q k^T)) v with the softmax in float32; queries come scaled. Returns [B, T, N, V] in the dtype of `value`.
 
+    sinks: one more logit of each head in its softmax, without a value (Xiao et al. 2023, GPT-OSS).
     past: further keys and values, of earlier tokens; the softmax is over both.
     """
     B, T, N, H = query_BTNH.shape
-    K = key_BSKH.shape[2]
+    K, V = key_BSKH.shape[2], value_BSKV.shape[3]
     # "..." is G, or nothing where every query head has its own key: XLA on CPU transposes scores for a dim of size 1.
     # Keys come first, and weights before values, for the same reason.
     group = () if N == K else (N // K,)
     query = query_BTNH.reshape(B, T, K, *group, H)
-    present = Seen(key_BSKH, value_BSKH, mask_BTS)
+    present = Seen(key_BSKH, value_BSKV, mask_BTS)
     parts = [present] if past is None else [past, present]
     scored: list[jax.Array] = []
     for part in parts:
@@ -111,12 +114,20 @@ def attend(
             scores = soft_cap * jnp.tanh(scores / soft_cap)
         scored.append(jnp.where(jnp.expand_dims(part.mask, range(1, scores.ndim - 2)), scores, MASKED))
     scores = scored[0] if past is None else jnp.concatenate(scored, axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value_BSKH.dtype)
+    weights = softmax_with_sinks(scores, sinks_N).astype(value_BSKV.dtype)
     mixed = [
-        jnp.einsum("BK...TS,BSKH->BTK...H", share, part.value)
+        jnp.einsum("BK...TS,BSKV->BTK...V", share, part.value)
         for share, part in zip([weights] if past is None else jnp.split(weights, [past.mask.shape[-1]], axis=-1), parts, strict=True)
     ]
-    return (mixed[0] if past is None else mixed[0] + mixed[1]).reshape(B, T, N, H)
+    return (mixed[0] if past is None else mixed[0] + mixed[1]).reshape(B, T, N, V)
+
+
+def softmax_with_sinks(scores: jax.Array, sinks_N: jax.Array | None) -> jax.Array:
+    """Softmax of float32 scores [B, K, ..., T, S] over S and, where given, a sink of each of the N = K x ... heads."""
+    if sinks_N is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sinks = sinks_N.reshape(1, *scores.shape[1:-2], 1, 1)
+    return jnp.exp(scores - jnp.logaddexp(jax.nn.logsumexp(scores, axis=-1, keepdims=True), sinks))
 
 
 class Attention(nnx.Module):
@@ -130,11 +141,12 @@ class Attention(nnx.Module):
         norm = spec.qk_norm
         self.query_norm = None if norm is None else RmsNorm(norm, under(params, "query_norm"))
         self.key_norm = None if norm is None else RmsNorm(norm, under(params, "key_norm"))
+        self.sinks = params.get("sinks")
 
     def __call__(self, x_BTD: jax.Array, context: Context, past: Cache | None = None) -> tuple[jax.Array, ByProducts]:
         """past: what this layer remembers of the tokens before these."""
-        table = context.tables[self.spec.rope, self.spec.head_dim]
-        query_BTNH = self.project(x_BTD, self.query, self.query_bias, self.query_norm, table) / math.sqrt(self.spec.head_dim)
+        table = context.tables[self.spec.rope, self.spec.rotary_dim]
+        query_BTNH = self.project(x_BTD, self.query, self.query_bias, self.query_norm, table) / self.spec.score_divisor
         key_BTKH = self.project(x_BTD, self.key, self.key_bias, self.key_norm, table)
         value_BTKH = add_bias(jnp.einsum("BTD,DKH->BTKH", x_BTD, self.value[...]), self.value_bias)
         query_BTNH = constrain(query_BTNH.astype(x_BTD.dtype), QUERY_AXES)
@@ -142,14 +154,13 @@ class Attention(nnx.Module):
         value_BTKH = constrain(select(context.valid, value_BTKH), KEY_AXES)
         seen = None if past is None else Seen(past["key"], past["value"], context.past_masks[self.spec.window])
         mask_BTS = context.masks[self.spec.window]
-        mixed_BTNH = attend(query_BTNH, key_BTKH, value_BTKH, mask_BTS, soft_cap=self.spec.soft_cap, past=seen)
+        sinks_N = None if self.sinks is None else self.sinks[...]
+        mixed_BTNH = attend(query_BTNH, key_BTKH, value_BTKH, mask_BTS, soft_cap=self.spec.soft_cap, sinks_N=sinks_N, past=seen)
         mixed_BTNH = constrain(mixed_BTNH, QUERY_AXES)
         products: ByProducts = {"cache": {"key": key_BTKH, "value": value_BTKH}} if context.remember else {}
         return add_bias(jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, self.out[...]), self.out_bias), products
 
-    def project(
-        self, x_BTD: jax.Array, kernel: nnx.Param, bias: nnx.Param | None, norm: RmsNorm | None, table: tuple[jax.Array, jax.Array]
-    ) -> jax.Array:
+    def project(self, x_BTD: jax.Array, kernel: nnx.Param, bias: nnx.Param | None, norm: RmsNorm | None, table: Table) -> jax.Array:
         """Queries or keys with norm and rotation applied, float32 [B, T, N or K, H]."""
         heads_BTNH = add_bias(jnp.einsum("BTD,DNH->BTNH", x_BTD, kernel[...]), bias)
-        return rotate(heads_BTNH if norm is None else norm(heads_BTNH), table)
+        return rotate(heads_BTNH if norm is None else norm(heads_BTNH), table, self.spec.rope.pairs)

@@ -1,11 +1,10 @@
-"""Norm, rotary embedding, gated MLP, token embedding: the small parts of a block.
+"""Norm, gated MLP, token embedding: the small parts of a block.
 
-B sequences, T tokens, N heads, H head dim (H/2 = half of it), D model width, F MLP hidden width, V vocabulary.
+B sequences, T tokens, D model width, F MLP hidden width, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trainer.config.model import GatedMlp, Rope
+from trainer.config.model import Clamp, GatedMlp, Moe
 from trainer.config.model import Norm as NormSpec
 from trainer.parallel.sharding import constrain
 
@@ -72,66 +71,43 @@ _narrow_einsum.defvjp(_narrow_einsum_forward, _narrow_einsum_backward)
 
 
 class RmsNorm(nnx.Module):
-    """`x / sqrt(mean(x^2) + epsilon) * scale` over the last dim, in float32 (Zhang and Sennrich 2019)."""
+    """`x / sqrt(mean(x^2) + epsilon) * (offset + scale)` over the trailing dims that `scale` has, in float32 (Zhang and Sennrich 2019)."""
 
     def __init__(self, spec: NormSpec, params: Params) -> None:
-        self.epsilon = spec.epsilon
+        self.epsilon, self.offset = spec.epsilon, spec.offset
         self.scale = params["scale"]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x_float32 = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_float32), axis=-1, keepdims=True) + self.epsilon)
-        return (x_float32 * inverse * jnp.expand_dims(self.scale[...], range(x.ndim - 1))).astype(x.dtype)
+        x_float32, scale = x.astype(jnp.float32), self.scale[...]
+        if self.offset:
+            scale = scale + self.offset
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_float32), axis=tuple(range(-scale.ndim, 0)), keepdims=True) + self.epsilon)
+        return (x_float32 * inverse * jnp.expand_dims(scale, range(x.ndim - scale.ndim))).astype(x.dtype)
 
 
 class Mlp(nnx.Module):
-    """`down(activation(gate(x)) * up(x))` (Shazeer 2020)."""
+    """`down(activation(gate(x)) * up(x))` (Shazeer 2020), or GPT-OSS's clamped form of it."""
 
     def __init__(self, spec: GatedMlp, params: Params) -> None:
-        self.activation = spec.activation
+        self.spec = spec
         self.gate, self.up, self.down = params["gate"], params["up"], params["down"]
         self.gate_bias, self.up_bias, self.down_bias = params.get("gate_bias"), params.get("up_bias"), params.get("down_bias")
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         gate_BTF = add_bias(jnp.einsum("BTD,DF->BTF", x_BTD, self.gate[...]), self.gate_bias)
         up_BTF = add_bias(jnp.einsum("BTD,DF->BTF", x_BTD, self.up[...]), self.up_bias)
-        hidden_BTF = constrain(ACTIVATIONS[self.activation](gate_BTF) * up_BTF, ("batch", "length", "act_mlp"))
+        hidden_BTF = constrain(gated(gate_BTF, up_BTF, self.spec), ("batch", "length", "act_mlp"))
         return add_bias(jnp.einsum("BTF,FD->BTD", hidden_BTF, self.down[...]), self.down_bias)
 
 
-def rope_frequencies(spec: Rope, head_dim: int) -> list[float]:
-    """Radians per position of each of the head_dim / 2 rotated pairs, with Llama 3.1's scaling where asked for.
-
-    Frequencies whose wavelength exceeds original_length / low_freq_factor are divided by `factor`, those below
-    original_length / high_freq_factor are kept, linear in original_length / wavelength between the two
-    (Llama 3.1 reference code, `apply_scaling`).
-    """
-    frequencies = [spec.theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-    scaling = spec.scaling
-    if scaling is None:
-        return frequencies
-
-    def scaled(frequency: float) -> float:
-        turns = scaling.original_length * frequency / (2 * math.pi)
-        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        kept = min(max(kept, 0.0), 1.0)
-        return frequency * (kept + (1 - kept) / scaling.factor)
-
-    return [scaled(frequency) for frequency in frequencies]
-
-
-def rope_table(positions_BT: jax.Array, spec: Rope, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of position times frequency: two float32 arrays [B, T, H/2]."""
-    frequencies = jnp.asarray(rope_frequencies(spec, head_dim), jnp.float32)
-    angles = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_BTNH: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding (Su et al. 2021) with the two halves of the head dim as pairs, computed in float32."""
-    cos, sin = (half[:, :, None, :] for half in table)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+def gated(gate: jax.Array, up: jax.Array, spec: GatedMlp | Moe) -> jax.Array:
+    """What an MLP's down projection takes, of the results of its gate and up projections."""
+    match spec.clamp:
+        case None:
+            return ACTIVATIONS[spec.activation](gate) * up
+        case Clamp(limit=limit, slope=slope):
+            gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+            return (up + 1) * gate * jax.nn.sigmoid(slope * gate)
 
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -12,13 +12,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from trainer.config.model import Attention as AttentionSpec
 from trainer.config.model import Block as BlockSpec
-from trainer.config.model import Model, Segment
+from trainer.config.model import GatedMlp, Model, Segment
 from trainer.config.weights import join_repeat, weights
 from trainer.model.attention import Attention, ByProducts, Cache, Context, make_context
+from trainer.model.latent import LatentAttention
 from trainer.model.layers import Mlp, Params, RmsNorm, einsum_float32, lookup, select, under
+from trainer.model.moe import MixtureOfExperts
 from trainer.parallel.sharding import constrain
 
+NORMS: Final = ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
+METADATA: Final = ("path", "axes", "init", "inputs", "batch", "exact")
 HIDDEN_AXES: Final = ("batch", "act_length", "act_embed")
 
 # What the backward pass keeps of a block; the block's input is always kept.
@@ -30,21 +35,35 @@ REMAT: Final[dict[str, Callable[..., bool]]] = {
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and pre-norm MLP, each with a residual connection."""
+    """Attention and MLP, each with its norms and a residual connection."""
 
     def __init__(self, spec: BlockSpec, params: Params) -> None:
-        self.attention_norm = RmsNorm(spec.norm, under(params, "attention_norm"))
-        self.attention = Attention(spec.attention, under(params, "attention"))
-        self.mlp_norm = RmsNorm(spec.norm, under(params, "mlp_norm"))
-        self.mlp = Mlp(spec.mlp, under(params, "mlp"))
+        norms = {name: RmsNorm(spec.norm, under(params, name)) for name in NORMS if f"{name}/scale" in params}
+        self.attention_norm, self.attention_post_norm, self.mlp_norm, self.mlp_post_norm = (norms.get(name) for name in NORMS)
+        attention = Attention if isinstance(spec.attention, AttentionSpec) else LatentAttention
+        self.attention = attention(spec.attention, under(params, "attention"))  # pyright: ignore[reportArgumentType]
+        mlp = Mlp if isinstance(spec.mlp, GatedMlp) else MixtureOfExperts
+        self.mlp = mlp(spec.mlp, under(params, "mlp"))  # pyright: ignore[reportArgumentType]
 
     def __call__(self, x_BTD: jax.Array, context: Context, past: Cache | None = None) -> tuple[jax.Array, ByProducts]:
         """past: what the layer's attention remembers of the tokens before these."""
         x_BTD = select(context.valid, constrain(x_BTD, HIDDEN_AXES))
-        mixed_BTD, products = self.attention(self.attention_norm(x_BTD), context, past)
-        x_BTD = x_BTD + mixed_BTD
-        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
-        return constrain(x_BTD, HIDDEN_AXES), products
+        mixed_BTD, products = self.attention(normed(self.attention_norm, x_BTD), context, past)
+        x_BTD = x_BTD + normed(self.attention_post_norm, mixed_BTD)
+        mlp_BTD, routed = self.run_mlp(normed(self.mlp_norm, x_BTD), context)
+        x_BTD = x_BTD + normed(self.mlp_post_norm, mlp_BTD)
+        return constrain(x_BTD, HIDDEN_AXES), products | routed
+
+    def run_mlp(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, ByProducts]:
+        if isinstance(self.mlp, Mlp):
+            return self.mlp(x_BTD), {}
+        # A step of decoding sees a part of the sequence: what another part leaves no room for must not depend on it.
+        y_BTD, routed = self.mlp(x_BTD, context.valid, dropless=context.remember)
+        return y_BTD, {} if context.remember else {"moe": routed}
+
+
+def normed(norm: RmsNorm | None, x: jax.Array) -> jax.Array:
+    return x if norm is None else norm(x)
 
 
 class Transformer(nnx.Module):
@@ -88,7 +107,10 @@ class Transformer(nnx.Module):
     def embedding(self, tokens_BT: jax.Array, valid_BT: jax.Array) -> jax.Array:
         """Embedded tokens, compute dtype [B, T, D]."""
         tokens_BT = jnp.where(valid_BT, tokens_BT, 0)
-        return constrain(lookup(self.embed["table"][...], tokens_BT, jnp.dtype(self.spec.compute_dtype)), HIDDEN_AXES)
+        x_BTD = lookup(self.embed["table"][...], tokens_BT, jnp.dtype(self.spec.compute_dtype))
+        if self.spec.embedding_scale is not None:
+            x_BTD = x_BTD * jnp.asarray(self.spec.embedding_scale, x_BTD.dtype)
+        return constrain(x_BTD, HIDDEN_AXES)
 
     def run_segment(
         self, segment: Segment, positions: nnx.List, x_BTD: jax.Array, context: Context, past: Any = None
@@ -137,7 +159,7 @@ class Transformer(nnx.Module):
         dtype = jnp.dtype(self.spec.compute_dtype)
 
         def cast(param: nnx.Param) -> nnx.Variable[jax.Array]:
-            if not param.inputs or param[...].dtype == dtype:
+            if not param.inputs or param.exact or param[...].dtype == dtype:
                 return param
             return param.replace(constrain(param[...].astype(dtype), param.axes, param.path))
 
@@ -161,11 +183,11 @@ class Transformer(nnx.Module):
 def create_abstract_model(model: Model) -> Transformer:
     """The model with a `jax.ShapeDtypeStruct` (float32) in each parameter: nothing is computed or traced.
 
-    Each `nnx.Param` carries the metadata `path`, `axes`, `init` and `inputs` of its `trainer.config.weights.Weight`.
+    Each `nnx.Param` carries the metadata METADATA of its `trainer.config.weights.Weight`.
     """
     return Transformer(model, {
         weight.path: nnx.Param(
-            jax.ShapeDtypeStruct(weight.shape, jnp.float32), path=weight.path, axes=weight.axes, init=weight.init, inputs=weight.inputs
+            jax.ShapeDtypeStruct(weight.shape, jnp.float32), **{name: getattr(weight, name) for name in METADATA}
         )
         for weight in weights(model)
     })  # fmt: skip

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trainer.config.model import Llama3Scaling, Rope
 from trainer.model.attention import attend, attention_mask
-from trainer.model.layers import rope_frequencies, rope_table, rotate
+from trainer.model.rope import rope_frequencies, rope_table, rotate
 
 
 def naive_attention(

@@ -1,0 +1,56 @@
+"""The pipelined layers of a segment: what one stage computes. `trainer.parallel.pipeline` says when and where.
+
+B sequences, b of a microbatch, T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from trainer.config.model import Model, Segment
+from trainer.config.pipeline import PipelinePlan
+from trainer.model.attention import make_context
+from trainer.parallel.pipeline import Policy, StageWeight, run_pipeline
+
+Rows = dict[str, jax.Array]
+
+
+def run_stages(
+    model: Model, segment: Segment, blocks: nnx.List, x_BTD: jax.Array, rows: Rows, plan: PipelinePlan, *, policy: Policy | None, axes: Any
+) -> tuple[jax.Array, list[Any]]:
+    """The pipelined repeats of `segment` and the by-products of its blocks: for each position a tree with a leading `layer` dim.
+
+    blocks: by position, parameters with the leading dims `plan.stacked`. rows: `positions` and `segments`, int32 [B, T].
+    """
+    graphdef, params = nnx.split(blocks)
+    flat = nnx.to_flat_state(params)
+
+    def run_pattern(arrays: list[jax.Array], x_bTD: jax.Array, context: Any) -> tuple[jax.Array, list[Any]]:
+        state = nnx.from_flat_state([(path, param.replace(array)) for (path, param), array in zip(flat, arrays, strict=True)])
+        products: list[Any] = []
+        for block in nnx.merge(graphdef, state):
+            x_bTD, product = block(x_bTD, context)
+            products.append(product)
+        return x_bTD, products
+
+    def stage(arrays: list[jax.Array], x_bTD: jax.Array, rows: Rows) -> tuple[jax.Array, list[Any]]:
+        # Made here, of the microbatch's own rows: for the whole batch they would be held by every stage.
+        context = make_context(list(segment.pattern), rows["positions"], rows["segments"])
+        if model.layers == "scan" and plan.patterns_per_stage > 1:
+            return jax.lax.scan(lambda x, arrays: run_pattern(arrays, x, context), x_bTD, arrays)
+        found: list[list[Any]] = []
+        for pattern in range(plan.patterns_per_stage):
+            x_bTD, products = run_pattern([array[pattern] for array in arrays], x_bTD, context)
+            found.append(products)
+        return x_bTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+    compute_dtype = jnp.dtype(model.compute_dtype)
+    weights = [
+        StageWeight(param[...], param.axes, param.path, compute_dtype if param.inputs and not param.exact else param[...].dtype)
+        for _, param in flat
+    ]
+    return run_pipeline(stage, weights, x_BTD, rows, plan, axes=axes, policy=policy)
