@@ -8,6 +8,7 @@ function is a polynomial whose last bit changes with the vectorisation of each s
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from functools import cache
 from statistics import NormalDist
@@ -17,17 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainer.config.model import Model
-from trainer.config.weights import Constant, Normal, Weight, split_repeat, weights
+from trainer.config.pipeline import PipelinePlan
+from trainer.config.weights import Constant, Normal, Weight, stacked_path, weights
 
 
-def initial_keys(model: Model, seed: int) -> dict[str, np.ndarray]:
+def initial_keys(model: Model, seed: int, pipeline: PipelinePlan | None = None) -> dict[str, np.ndarray]:
     """Threefry key data of every weight by path, uint32 [layer dims..., 2]: a hash of seed, logical path and repeat."""
-    return {weight.path: _keys(weight, seed) for weight in weights(model)}
+    return {weight.path: _keys(weight, seed) for weight in weights(model, pipeline)}
 
 
-def initial_parameters(model: Model, keys: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Every parameter by path, float32, in the layer form of `model`; `keys` are those of `initial_keys`."""
-    return {weight.path: _initial(weight, keys[weight.path]) for weight in weights(model)}
+def initial_parameters(model: Model, keys: Mapping[str, jax.Array], pipeline: PipelinePlan | None = None) -> dict[str, jax.Array]:
+    """Every parameter by path, float32, in the layer form of `model` and `pipeline`; `keys` are those of `initial_keys`."""
+    return {weight.path: _initial(weight, keys[weight.path]) for weight in weights(model, pipeline)}
 
 
 def random_key(seed: int) -> jax.Array:
@@ -50,15 +52,14 @@ def _upper_quantiles() -> np.ndarray:
 
 
 def _keys(weight: Weight, seed: int) -> np.ndarray:
-    path, repeat = split_repeat(weight.path)
+    path, stacked = stacked_path(weight.path), weight.shape[: weight.layer_dims]
 
     def one(repeat: int) -> list[int]:
         digest = hashlib.sha256(f"{seed}/{path}/{repeat}".encode()).digest()
         return [int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")]
 
-    if weight.layer_dims:
-        return np.array([one(layer) for layer in range(weight.shape[0])], np.uint32)
-    return np.array(one(repeat or 0), np.uint32)
+    repeats = range(weight.first_repeat, weight.first_repeat + math.prod(stacked))
+    return np.array([one(repeat) for repeat in repeats], np.uint32).reshape(*stacked, 2)
 
 
 def _initial(weight: Weight, keys: jax.Array) -> jax.Array:
@@ -69,4 +70,6 @@ def _initial(weight: Weight, keys: jax.Array) -> jax.Array:
             case Constant(value):
                 return jnp.full(weight.layer_shape, value, jnp.float32)
 
-    return jax.vmap(one)(keys) if weight.layer_dims else one(keys)
+    for _ in range(weight.layer_dims):
+        one = jax.vmap(one)
+    return one(keys)

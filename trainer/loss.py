@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from trainer.config.optimizer import Loss
 from trainer.config.terms import Count, Term
 
-
 _NO_SUMS: Final[dict[Any, jax.Array]] = {}
 
 

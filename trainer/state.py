@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from trainer.config.train import TrainConfig
+from trainer.config.treatment import treatments
 from trainer.config.weights import weights
 from trainer.initial import initial_keys, initial_parameters, random_key
 from trainer.model import create_abstract_model
@@ -40,6 +41,8 @@ class StateSpec:
     graphdef: nnx.GraphDef[TrainState]
     abstract: nnx.State  # leaves jax.ShapeDtypeStruct with sharding
     shardings: nnx.State  # leaves NamedSharding
+    trained: nnx.filterlib.Filter = nnx.Param
+    """Selects the parameters that are not frozen, out of the model and its parts of the state."""
 
 
 def describe_state(config: TrainConfig, layout: Layout) -> StateSpec:
@@ -59,7 +62,8 @@ def describe_state(config: TrainConfig, layout: Layout) -> StateSpec:
         (path, variable.replace(jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding.get_value())))
         for (path, variable), (_, sharding) in zip(flat, shardings, strict=True)
     ]
-    return StateSpec(graphdefs[0], nnx.from_flat_state(placed), nnx.from_flat_state(shardings))
+    wrt = trained(config, nnx.merge(model_def, params))
+    return StateSpec(graphdefs[0], nnx.from_flat_state(placed), nnx.from_flat_state(shardings), wrt)
 
 
 def initial_state(config: TrainConfig, spec: StateSpec, parameters: Mapping[str, jax.Array] | None = None) -> nnx.State:
@@ -116,13 +120,21 @@ def _address(path: tuple[Any, ...]) -> tuple[str, str]:
 
 
 def _train_state(config: TrainConfig, model: nnx.Module) -> TrainState:
-    by_path = {weight.path: weight for weight in weights(config.model)}
-    decays = [
-        config.optimizer.decay == "all" or by_path[join_path(path)].inputs > 0 for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))
-    ]
-    tx = build_optimizer(config.optimizer, build_schedule(config.schedule, config.steps), decays)
+    treated = {treatment.weight.path: treatment for treatment in treatments(config.optimizer, weights(config.model))}
+    wrt = trained(config, model)
+    mine = [treated[join_path(path)] for path, _ in nnx.to_flat_state(nnx.state(model, wrt))]
+    tx = build_optimizer(config.optimizer, build_schedule(config.schedule, config.steps), mine)
     key = jax.random.key_data(random_key(config.seed))
-    return TrainState(model, nnx.Optimizer(model, tx, wrt=nnx.Param), key)
+    return TrainState(model, nnx.Optimizer(model, tx, wrt=wrt), key)
+
+
+def trained(config: TrainConfig, model: nnx.Module) -> nnx.filterlib.Filter:
+    """Selects the parameters of `model` that are not frozen."""
+    frozen = {treatment.weight.path for treatment in treatments(config.optimizer, weights(config.model)) if treatment.frozen}
+    if not frozen:
+        return nnx.Param
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param)) if join_path(path) not in frozen]
+    return nnx.All(nnx.Param, nnx.PathIn(*paths))
 
 
 def _sharding(variable: nnx.Variable[Any], layout: Layout) -> NamedSharding:

@@ -31,26 +31,30 @@ def make_train_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> Tra
 
     batch: `inputs`, `targets`, `positions`, `segments` int32 [B, T] and `weights` float32 [B, T], B the global
     batch. metrics: float32 scalars: `loss` (what is minimised), `cross_entropy`, every loss term's value before
-    its weight, `tokens` (valid) and what else terms are divided by, `gradient_norm` (before clipping), `learning_rate`.
+    its weight, `tokens` (valid) and what else terms are divided by, `gradient_norm` (before clipping), `learning_rate`,
+    and `skipped_updates` so far where spikes are skipped.
     """
     schedule = build_schedule(config.schedule, config.steps)
     terms = model_terms(config)
+    shardings = nnx.filter_state(spec.shardings["model"], spec.trained)
 
     def train_step(state: nnx.State, batch: Batch) -> tuple[nnx.State, Metrics]:
         with use_layout(layout):
             train = nnx.merge(spec.graphdef, state)
-            model_def, params, rest = nnx.split(train.model, nnx.Param, ...)
+            model_def, params, rest = nnx.split(train.model, spec.trained, ...)
 
             def forward(params: nnx.State, microbatch: Batch) -> Forward:
                 return _forward(nnx.merge(model_def, params, rest), microbatch)
 
-            sums, gradients, statistics = accumulate(config, forward, params, batch, terms, spec.shardings["model"])
+            sums, gradients, statistics = accumulate(config, forward, params, batch, terms, shardings)
             metrics = {
                 **ledger_metrics(config, sums, terms),
                 "gradient_norm": optax.tree.norm(gradients),
                 "learning_rate": schedule(train.optimizer.step[...]),
             }
             train.optimizer.update(train.model, gradients)
+            if config.optimizer.skip_spikes is not None:
+                metrics["skipped_updates"] = train.optimizer.opt_state["spikes"]["skipped"][...].astype(jnp.float32)
             if statistics:
                 train.model.advance(statistics)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
             return nnx.state(train), metrics
@@ -89,6 +93,7 @@ def accumulate(
 
     def one(microbatch: Batch) -> tuple[tuple[LossSums, Statistics], Any]:
         (_, found), gradients = jax.value_and_grad(loss, has_aux=True)(params, microbatch)
+        gradients = jax.tree.map(lambda gradient: gradient.astype(config.optimizer.gradient_dtype), gradients)
         return found, jax.lax.with_sharding_constraint(gradients, shardings)
 
     count = config.batch.accumulation

@@ -60,6 +60,14 @@ class Backend(Protocol):
         """Delete the job and all that was created with it; returns when its pods are gone. Raises NotFound."""
         ...
 
+    def suspend(self, name: str) -> JobStatus:
+        """Stop the pods, keep the job; returns when they are gone. Raises NotFound, and NnxlaunchError when it has ended."""
+        ...
+
+    def resume(self, name: str) -> JobStatus:
+        """Let a suspended job go on. Raises NotFound, and NnxlaunchError when it is not suspended."""
+        ...
+
     def watch(self, name: str, *, timeout_seconds: float | None = None) -> Iterator[JobStatus]:
         """The status now and after each change; ends once the job is finished or the time is over. Raises NotFound."""
         ...

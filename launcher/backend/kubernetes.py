@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from launcher.backend.kubernetes_api import EVENT, JOB, JOBSET, POD, Api, Patience, Resource
+from launcher.backend.kubernetes_control import hold, let_go
 from launcher.backend.kubernetes_errors import TemporarilyUnavailable
 from launcher.backend.kubernetes_login import log_in
 from launcher.backend.kubernetes_logs import LOOK_SECONDS, PATIENCE_SECONDS, Selection, follow_logs, read_logs
@@ -14,7 +15,7 @@ from launcher.backend.kubernetes_queue import GROUP, queued_status, workload_of
 from launcher.backend.kubernetes_scene import SceneReader
 from launcher.backend.kubernetes_submit import Submission
 from launcher.backend.scene import Scene
-from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Event, JobStatus, LogLine, Manifest, job_status, timestamp
+from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Event, JobState, JobStatus, LogLine, Manifest, job_status, timestamp
 from launcher.backend.values import mapping
 from launcher.errors import NotFound, Unavailable
 
@@ -78,6 +79,17 @@ class KubernetesBackend:
                 return
             except TemporarilyUnavailable as error:
                 time.sleep(patience.pause(error))
+
+    def suspend(self, name: str) -> JobStatus:
+        hold(self._api, self._jobset(name))
+        for status in self.watch(name):
+            if status.state in (JobState.SUSPENDED, JobState.QUEUED) and not any(p.phase in ("Pending", "Running") for p in status.pods):
+                return status
+        return self.get(name)
+
+    def resume(self, name: str) -> JobStatus:
+        let_go(self._api, self._jobset(name))
+        return self.get(name)
 
     def watch(self, name: str, *, timeout_seconds: float | None = None) -> Iterator[JobStatus]:
         """The JobSet is watched; its pods are looked at when it changes, and every few seconds for why they wait."""

@@ -94,6 +94,19 @@ class LocalBackend:
         folder.stop(max(float(pod.get("terminationGracePeriodSeconds", 30)) for pod in pods) + PATIENCE_SECONDS)
         folder.remove()
 
+    def suspend(self, name: str) -> JobStatus:
+        raise self._no_suspension(name)
+
+    def resume(self, name: str) -> JobStatus:
+        raise self._no_suspension(name)
+
+    def _no_suspension(self, name: str) -> Unavailable:
+        self._folder(name)
+        return Unavailable(
+            "a job of this machine cannot be suspended and resumed",
+            hint=f"nnxlaunch cancel {name} --backend local; the same spec submitted again goes on from its last committed checkpoint",
+        )
+
     def watch(self, name: str, *, timeout_seconds: float | None = None) -> Iterator[JobStatus]:
         folder = self._folder(name)
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds

@@ -29,10 +29,15 @@ COMMANDS: Final[dict[str, str]] = {
     "logs": "Print or follow the logs of a job.",
     "wait": "Wait until a job ends; the exit code tells how.",
     "cancel": "Stop a job and remove it.",
+    "delete": "Remove jobs, running or ended.",
+    "suspend": "Stop a job's pods and keep the job.",
+    "resume": "Let a suspended job go on.",
+    "restart": "Stop all pods of a job and start them again.",
     "image": "Build or push the trainer image.",
     "data": "Prepare the tokenised, packed data cache.",
     "compile": "Compile the train step for hardware that is not here: memory, collectives, bounds.",
     "export": "Write a checkpoint as Hugging Face safetensors.",
+    "generate": "Continue prompts with a trained model.",
 }
 
 _EXAMPLES: Final = """Examples:

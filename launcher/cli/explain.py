@@ -7,16 +7,19 @@ from typing import Annotated, Any, cast
 import typer
 
 from launcher.cli.options import Output, OutputFormat, Overrides, SpecFile
+from launcher.cli.output import in_units
 
 EXAMPLES = """  nnxlaunch explain job.yaml
   nnxlaunch explain job.yaml --set tpu.type=v5p-256      what would another slice change?
-  nnxlaunch explain job.yaml --sharding                  every weight with its layout
+  nnxlaunch explain job.yaml --sharding                  where every tensor lies, and by which rule
   nnxlaunch explain job.yaml --output json
 """
 
 _BYTES = ("memory_per_device", "checkpoint_bytes", "hbm_bytes_per_device")
 
-Sharding = Annotated[bool, typer.Option("--sharding", help="List the layout of every weight.")]
+Sharding = Annotated[
+    bool, typer.Option("--sharding", help="Show where every tensor lies, by which rule, and in how many copies; nothing else.")
+]
 
 
 def command(
@@ -30,13 +33,20 @@ def command(
     from launcher.cli.output import emit
     from launcher.explain import explain
 
-    sections = explain(load(spec, overrides))
+    loaded = load(spec, overrides)
+    if sharding:
+        from launcher.cli.sharding import print_sharding
+        from launcher.explain.sharding import sharding_report
+
+        report = sharding_report(loaded)
+        print_sharding(report) if output is Output.TABLE else emit(report, output)
+        return
+    sections = explain(loaded)
     if output is not Output.TABLE:
         emit(sections, output)
         return
-    if not sharding:
-        dropped = {path: entry for path, entry in sections["sharding"].items() if "dropped" in entry}
-        sections["sharding"] = dropped or {"weights": "every weight is split as the rules say; --sharding lists them"}
+    dropped = {path: entry for path, entry in sections["sharding"].items() if "dropped" in entry}
+    sections["sharding"] = dropped or {"weights": "every weight is split as the rules say; --sharding lists them"}
     for title, section in sections.items():
         print(f"{title.replace('_', ' ')}")
         _print(section, title, "  ")
@@ -60,15 +70,5 @@ def _shown(value: Any, *, in_bytes: bool) -> str:
     if isinstance(value, list):
         return "; ".join(map(str, cast("list[Any]", value)))
     if isinstance(value, int) and not isinstance(value, bool):
-        return _size(value) if in_bytes else f"{value:,}"
+        return in_units(value) if in_bytes else f"{value:,}"
     return "-" if value is None else str(value)
-
-
-def _size(count: int) -> str:
-    """Bytes in the unit a person would use."""
-    amount = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1024:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.2f} {unit}"
-        amount /= 1024
-    return f"{amount:.2f} TiB"

@@ -51,6 +51,8 @@ def submit(through: Door, kubeconfig: Path, namespace: str, manifests: list[Mani
 def made(namespace: str, name: str) -> list[tuple[str, list[str], Any]]:
     """Kind, owners' names and content of everything a submit makes, without what differs from one creation to the next."""
     items = json.loads(kubectl("-n", namespace, "get", KINDS, "-l", f"nnxlaunch/job={name}", "-o", "json"))["items"]
+    (jobset,) = (item for item in items if item["kind"] == "JobSet")
+    subdomain, spec_hash = jobset["spec"]["network"]["subdomain"], jobset["metadata"]["labels"]["nnxlaunch/spec-hash"]
     return sorted(
         (
             (
@@ -58,27 +60,28 @@ def made(namespace: str, name: str) -> list[tuple[str, list[str], Any]]:
                 [owner["name"] for owner in item["metadata"].get("ownerReferences", [])],
                 [item["metadata"].get("annotations"), item.get("spec"), item.get("data")],
             )
-            for item in items
+            for item in json.loads(json.dumps(items).replace(name, "NAME").replace(subdomain, "SUBDOMAIN").replace(spec_hash, "HASH"))
         ),
         key=str,
     )
 
 
 def test_a_submit_killed_after_any_call_is_completed_by_the_next_one(backend: KubernetesBackend, namespace: str, tmp_path: Path) -> None:
-    manifests = cheap_job("killed", WAITS)
-    nowhere = manifests[-1]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    nowhere["nodeSelector"] = {"example.com/nowhere": "true"}  # pods that never start are deleted at once
+    def manifests(name: str) -> list[Manifest]:
+        found = cheap_job(name, WAITS)
+        pod = found[-1]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+        pod["nodeSelector"] = {"example.com/nowhere": "true"}  # nothing runs: only the objects count here
+        return found
+
     with door() as through:
-        assert submit(through, tmp_path / "config", namespace, manifests) == 0
-        whole, calls = made(namespace, "killed"), list(through.changes)
-        backend.delete("killed")
-        assert calls == ["POST jobsets", "POST serviceaccounts", "POST configmaps", "POST networkpolicies", "PATCH killed"]
-        for after in range(1, len(calls)):
-            assert submit(through, tmp_path / "config", namespace, manifests, kill_after=after) == -9
-            assert backend.get("killed").state is JobState.SUSPENDED, "nothing starts before everything is there"
-            backend.create(manifests)
-            assert made(namespace, "killed") == whole, f"killed after {calls[after - 1]}"
-            backend.delete("killed")
+        assert submit(through, tmp_path / "config", namespace, manifests("whole")) == 0
+        calls = list(through.changes)
+        assert calls == ["POST jobsets", "POST serviceaccounts", "POST configmaps", "POST networkpolicies", "PATCH whole"]
+        for after, name in enumerate(("kill1", "kill2", "kill3", "kill4"), 1):
+            assert submit(through, tmp_path / "config", namespace, manifests(name), kill_after=after) == -9
+            assert backend.get(name).state is JobState.SUSPENDED, "nothing starts before everything is there"
+            backend.create(manifests(name))
+            assert made(namespace, name) == made(namespace, "whole"), f"killed after {calls[after - 1]}"
 
 
 def test_a_half_made_job_of_another_spec_is_not_completed(backend: KubernetesBackend, namespace: str, tmp_path: Path) -> None:

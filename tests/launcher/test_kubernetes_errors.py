@@ -94,7 +94,7 @@ ANSWERS: dict[str, tuple[tuple[int, str], type[NnxlaunchError], str, str]] = {
     "policy denial": (
         answer(
             422,
-            'jobsets.jobset.x-k8s.io "a" is forbidden: ValidatingAdmissionPolicy \'cost\' with binding \'all\' denied request: label team',
+            "jobsets.jobset.x-k8s.io \"a\" is forbidden: ValidatingAdmissionPolicy 'cost' with binding 'all' denied request: label team",
             "Invalid",
         ),
         Unavailable,

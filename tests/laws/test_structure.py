@@ -13,7 +13,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # From the outside in: a module may import modules of its own layer and of those below it, never above.
 TRAINER_LAYERS: tuple[tuple[str, ...], ...] = (
-    ("trainer.__main__", "trainer.worker", "trainer.smoke", "trainer.export", "trainer.data.__main__", "trainer.aot.__main__"),
+    (
+        "trainer.__main__",
+        "trainer.worker",
+        "trainer.smoke",
+        "trainer.export",
+        "trainer.data.__main__",
+        "trainer.decode.__main__",
+        "trainer.aot.__main__",
+    ),
     ("trainer.run", "trainer.decode"),
     ("trainer.loop", "trainer.aot"),
     ("trainer.step", "trainer.feed"),

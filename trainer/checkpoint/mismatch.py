@@ -98,7 +98,7 @@ def _steps_are_free(saved: Mapping[str, Any], now: Mapping[str, Any], step: int)
     match schedule.get("type"):
         case "constant":
             return True
-        case "cosine":
+        case "cosine" | "linear":
             return schedule.get("decay_until_step") is not None
         case "wsd":
             return step <= min(saved["steps"], now["steps"]) - schedule["decay_steps"]

@@ -8,10 +8,12 @@ from typing import Final
 from trainer.config.data import ArrayRecord, Bytes, JsonLines, Parquet, PythonStandardLibrary, Synthetic, Text
 from trainer.config.layouts import batch_divides, mesh_axes_are_used, model_divides, rules_are_known, weights_are_split
 from trainer.config.mesh import product
-from trainer.config.optimizer import Cosine, WarmupStableDecay
 from trainer.config.paths import path_fault
+from trainer.config.pipeline import pipeline_fits
 from trainer.config.problem import Problem
+from trainer.config.schedule import Cosine, Linear, WarmupStableDecay
 from trainer.config.train import TrainConfig
+from trainer.config.treatment import groups_select
 
 BYTES_VOCABULARY: Final = 258
 """256 bytes, begin and end of a document."""
@@ -21,11 +23,13 @@ def check_train(config: TrainConfig, *, slices: int, devices_per_slice: int, pro
     """Every problem of `config` on so many slices, devices of a slice, and processes (hosts) in all."""
     shape = yield from mesh_fits(config, slices=slices, devices_per_slice=devices_per_slice)
     if shape is not None:
+        yield from pipeline_fits(config, shape)
         yield from batch_divides(config, shape)
         yield from model_divides(config, shape)
         yield from mesh_axes_are_used(config, shape)
         yield from weights_are_split(config, shape)
     yield from rules_are_known(config)
+    yield from groups_select(config)
     yield from schedule_ends(config)
     yield from steps_are_reached(config, processes=processes)
     yield from tokenizer_fits(config)
@@ -55,7 +59,11 @@ def schedule_ends(config: TrainConfig) -> Iterator[Problem]:
         what = f"{schedule.warmup_steps} warm-up steps" + (f" and {decay} decay steps" if decay else "")
         path = "schedule.warmup_steps"
         yield Problem(path=path, message=f"{what}, but the run has {steps}", hint="shorten them", code="schedule", limit=steps)
-    if isinstance(schedule, Cosine) and schedule.decay_until_step is not None and schedule.decay_until_step <= schedule.warmup_steps:
+    if (
+        isinstance(schedule, Cosine | Linear)
+        and schedule.decay_until_step is not None
+        and schedule.decay_until_step <= schedule.warmup_steps
+    ):
         message = f"{schedule.decay_until_step} is not after the warm-up ({schedule.warmup_steps} steps)"
         yield Problem(path="schedule.decay_until_step", message=message, hint="leave it out", code="schedule", limit=schedule.warmup_steps)
 

@@ -11,7 +11,7 @@ from trainer.config.base import near_miss
 from trainer.config.mesh import product, used
 from trainer.config.pipeline import plan_pipeline
 from trainer.config.problem import Problem
-from trainer.config.rules import RULES, UNRULED, Resolution, in_use, resolve
+from trainer.config.rules import RULES, UNRULED, Resolution, in_use, resolve, split_further
 from trainer.config.sharding import Sharding
 from trainer.config.train import TrainConfig
 from trainer.config.weights import LAYER_AXIS, Weight, split_repeat, weights
@@ -27,6 +27,14 @@ def weight_layouts(config: TrainConfig, mesh: Mapping[str, int]) -> Iterator[tup
     """How each weight is laid out over `mesh` (mesh axis -> degree)."""
     for weight in weights(config.model, plan_pipeline(config, mesh)):
         yield weight, resolve(weight.axes, weight.shape, mesh, config.sharding.table(weight.path))
+
+
+def stored_layout(
+    sharding: Sharding, axes: Sequence[str | None], shape: Sequence[int], weight: str | None, mesh: Mapping[str, int]
+) -> Resolution:
+    """How the state keeps a weight, or a tensor of the optimizer for one, between steps. `weight`: the weight's path."""
+    found = resolve(axes, shape, mesh, sharding.table(weight))
+    return split_further(found, axes, shape, mesh, "data") if sharding.optimizer == "over_data" else found
 
 
 def batch_shards(mesh: Mapping[str, int], sharding: Sharding | None = None) -> int:

@@ -5,8 +5,9 @@ Pure arithmetic over names and sizes, so that the launcher can explain a shardin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 Rule = tuple[str, tuple[str, ...]]
@@ -44,6 +45,9 @@ RULES: Final[tuple[Rule, ...]] = (
 
 UNRULED: Final = ("layer", "repeat", "head_dim", "norm", "act_embed")
 """Logical axes without a rule."""
+
+STACKED: Final = ("repeat", "stage", "layer")
+"""Logical axes of dims that count layers."""
 
 
 def inside_pipeline(rules: Sequence[Rule]) -> tuple[Rule, ...]:
@@ -118,6 +122,26 @@ def resolve(axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str,
             kept.append(axis)
         spec.append(tuple(kept))
     return Resolution(tuple(spec), tuple(winners), tuple(skipped), tuple(dropped))
+
+
+def split_further(
+    resolution: Resolution, axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str, int], axis: str
+) -> Resolution:
+    """The layout with `axis` added, innermost, to the first dim whose part on a device it divides.
+
+    So a device holds a piece of what it held before, and a collective over `axis` alone makes the one from the other.
+    Dims of stacked layers come last: a gradient summed over `axis` layer by layer is split within the layer. Dims over
+    `tensor` and `tensor_sequence` are left alone. Unchanged where `axis` has size 1, is in use, or divides no dim.
+    """
+    degree = mesh.get(axis, 1)
+    if degree == 1 or any(axis in spec for spec in resolution.spec):
+        return resolution
+    for dim in sorted(range(len(shape)), key=lambda dim: axes[dim] in STACKED):
+        spec = resolution.spec[dim]
+        part = shape[dim] // math.prod(mesh[other] for other in spec)
+        if part % degree == 0 and not {"tensor", "tensor_sequence"} & set(spec):
+            return replace(resolution, spec=(*resolution.spec[:dim], (*spec, axis), *resolution.spec[dim + 1 :]))
+    return resolution
 
 
 def in_use(mesh_axes: Sequence[str], mesh: Mapping[str, int]) -> tuple[str, ...]:

@@ -45,6 +45,9 @@ class Sharding(Node):
 
     rules: tuple[AxisRule, ...] = ()
     """Before the built-in table, in this order: of the rules that name a dim, the first whose mesh axes are free wins."""
+    optimizer: Literal["as_weights", "over_data"] = "as_weights"
+    """`over_data` (ZeRO, stage 1; Rajbhandari et al. 2020): the optimizer state and the weights as stored are split over
+    `data` too, and a step begins with one gathering of the weights, in compute dtype."""
     unsharded_limit: Fraction = 0.02
     """Largest share of the parameters that may lie in weights which a mesh axis for weights does not split."""
 

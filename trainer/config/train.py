@@ -12,6 +12,7 @@ from trainer.config.data import Data
 from trainer.config.mesh import Mesh
 from trainer.config.model import Model
 from trainer.config.optimizer import AdamW, Loss, Optimizer, Schedule
+from trainer.config.pipeline import Pipeline
 from trainer.config.run import Batch, Checkpoint, Distributed, Eval, Metrics, Profiler
 from trainer.config.sharding import Sharding
 
@@ -27,6 +28,7 @@ class TrainConfig(Node):
     model: Model
     batch: Batch
     mesh: Mesh = Mesh()
+    pipeline: Pipeline | None = None
     sharding: Sharding = Sharding()
     optimizer: Optimizer = AdamW()
     schedule: Schedule

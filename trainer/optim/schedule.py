@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trainer.config.optimizer import Constant, Cosine, Schedule, WarmupStableDecay
+from trainer.config.schedule import Constant, Cosine, Linear, Schedule, WarmupStableDecay
 
 
 def build_schedule(config: Schedule, steps: int) -> optax.Schedule:
@@ -29,9 +29,16 @@ def _decay(config: Schedule, step: jax.Array, steps: int) -> jax.Array:
         case Constant():
             return jnp.float32(1)
         case Cosine():
-            end = config.decay_until_step or steps
-            done = jnp.clip((step - config.warmup_steps) / max(end - config.warmup_steps, 1), 0, 1)
+            done = _done(config, step, steps)
             return config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+        case Linear():
+            return 1 - (1 - config.final_fraction) * _done(config, step, steps)
         case WarmupStableDecay():
             done = jnp.clip((step - (steps - config.decay_steps)) / config.decay_steps, 0, 1)
             return 1 - (1 - config.final_fraction) * done
+
+
+def _done(config: Cosine | Linear, step: jax.Array, steps: int) -> jax.Array:
+    """How much of the way from the warm-up to the end of the decay is behind."""
+    end = config.decay_until_step or steps
+    return jnp.clip((step - config.warmup_steps) / max(end - config.warmup_steps, 1), 0, 1)

@@ -71,6 +71,11 @@ def use_layout(layout: Layout) -> Iterator[None]:
         _current.reset(token)
 
 
+def current_layout() -> Layout | None:
+    """The layout of the innermost `use_layout`."""
+    return _current.get()
+
+
 def constrain(x: jax.Array, axes: Sequence[str | None], weight: str | None = None) -> jax.Array:
     """`x` with the sharding its logical `axes` resolve to; `x` itself outside of `use_layout` or on one device.
 

@@ -1,0 +1,130 @@
+"""Where the weights come from: the run directory of a training run, or a Hugging Face folder; local or gs://."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from trainer.checkpoint import Checkpoints
+from trainer.checkpoint.commit import checkpoint_directory
+from trainer.checkpoint.huggingface import load_huggingface
+from trainer.checkpoint.huggingface_config import model_from_huggingface
+from trainer.config import TrainConfig, validate
+from trainer.config.data import Bytes, HuggingFaceTokenizer, SentencePiece
+from trainer.config.data import Tokenizer as TokenizerConfig
+from trainer.config.mlp import Dropless, Moe
+from trainer.config.model import Model
+from trainer.config.run import Checkpoint
+from trainer.config.weights import Weight, weights
+from trainer.errors import CheckpointError
+from trainer.parallel.sharding import Layout
+
+Parameters = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model whose weights are not read yet."""
+
+    description: str
+    model: Model
+    tokenizer: TokenizerConfig | None
+    """None: the folder has none."""
+    end_tokens: tuple[int, ...]
+    """Ids that end an answer, besides the tokenizer's own end token."""
+    read: Callable[[dict[str, jax.ShapeDtypeStruct], Model], Parameters]
+    """Parameters in the dtype and sharding of their abstract leaves."""
+
+
+def open_source(path: str, *, step: int | None = None) -> Source:
+    """A folder with a config.json is a Hugging Face folder, any other a run directory; `step` is one of its committed steps.
+
+    Raises CheckpointError where it is neither, or the step is missing or damaged.
+    """
+    if (epath.Path(path) / "config.json").exists():
+        if step is not None:
+            raise CheckpointError(f"{path} is a Hugging Face folder and has no steps", hint="leave out --step")
+        return _huggingface(path)
+    return _run(path, step)
+
+
+def for_decoding(model: Model, *, dtype: str | None = None) -> Model:
+    """`model` with `dtype` (default: its own) for matmuls, layers one by one, and mixtures that drop no token."""
+
+    def block(spec: Any) -> Any:
+        return spec.model_copy(update={"mlp": spec.mlp.model_copy(update={"dispatch": Dropless()})}) if isinstance(spec.mlp, Moe) else spec
+
+    segments = [segment.model_copy(update={"pattern": tuple(map(block, segment.pattern))}) for segment in model.segments]
+    return model.model_copy(update={"segments": tuple(segments), "compute_dtype": dtype or model.compute_dtype, "layers": "unroll"})
+
+
+def load(source: Source, model: Model, layout: Layout) -> Parameters:
+    """The parameters of `model`, laid out over the mesh; matmul kernels in compute dtype, so that no step casts them again."""
+    return source.read({weight.path: _abstract(weight, model, layout) for weight in weights(model)}, model)
+
+
+def _abstract(weight: Weight, model: Model, layout: Layout) -> jax.ShapeDtypeStruct:
+    dtype = model.compute_dtype if weight.inputs else "float32"
+    return jax.ShapeDtypeStruct(weight.shape, jnp.dtype(dtype), sharding=layout.sharding(weight.axes, weight.shape))
+
+
+def _run(directory: str, step: int | None) -> Source:
+    checkpoints = Checkpoints(Checkpoint(), directory)
+    if step is None and (step := checkpoints.latest_step()) is None:
+        hint = "give the run_directory of a run that has saved, or a Hugging Face folder"
+        raise CheckpointError(f"{checkpoint_directory(directory)} holds no committed step", hint=hint)
+    config = validate(TrainConfig, checkpoints.meta(step)["config"])
+
+    def read(abstract: dict[str, jax.ShapeDtypeStruct], model: Model) -> Parameters:
+        stored = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding) for path, leaf in abstract.items()}
+        values = checkpoints.restore(step, {"params": stored})["params"]
+        for path, leaf in abstract.items():  # one by one, so that few exist in both dtypes
+            values[path] = values[path].astype(leaf.dtype)
+        return values
+
+    return Source(f"step {step} of {directory}", config.model, config.data.tokenizer, (), read)
+
+
+def _huggingface(folder: str) -> Source:
+    config = _json(folder, "config.json")
+    ends = {**config, **_json(folder, "generation_config.json")}.get("eos_token_id")
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    model = model_from_huggingface(config).model_copy(update={"compute_dtype": "bfloat16" if dtype == "bfloat16" else "float32"})
+    return Source(
+        folder,
+        model,
+        _tokenizer(folder),
+        tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
+        lambda abstract, model: load_huggingface(folder, abstract, model),
+    )
+
+
+def _tokenizer(folder: str) -> TokenizerConfig | None:
+    if (epath.Path(folder) / "tokenizer.json").exists():
+        return HuggingFaceTokenizer(path=f"{folder.rstrip('/')}/tokenizer.json")
+    if (epath.Path(folder) / "tokenizer.model").exists():
+        return SentencePiece(path=f"{folder.rstrip('/')}/tokenizer.model")
+    return None
+
+
+def chosen_tokenizer(name: str) -> TokenizerConfig:
+    """`bytes`, a `tokenizer.json`, or a SentencePiece `.model`."""
+    if name == "bytes":
+        return Bytes()
+    return SentencePiece(path=name) if name.endswith(".model") else HuggingFaceTokenizer(path=name)
+
+
+def _json(folder: str, name: str) -> dict[str, Any]:
+    """Raises CheckpointError for a file that is not JSON; empty where there is none."""
+    try:
+        return json.loads((epath.Path(folder) / name).read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise CheckpointError(f"{folder}/{name} is not JSON: {error}") from error
