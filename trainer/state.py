@@ -133,8 +133,7 @@ def trained(config: TrainConfig, model: nnx.Module) -> nnx.filterlib.Filter:
     frozen = {treatment.weight.path for treatment in treatments(config.optimizer, weights(config.model)) if treatment.frozen}
     if not frozen:
         return nnx.Param
-    paths = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param)) if join_path(path) not in frozen]
-    return nnx.All(nnx.Param, nnx.PathIn(*paths))
+    return nnx.All(nnx.Param, lambda path, _: join_path(path) not in frozen)
 
 
 def _sharding(variable: nnx.Variable[Any], layout: Layout) -> NamedSharding:

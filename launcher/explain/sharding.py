@@ -22,7 +22,8 @@ def sharding_report(spec: JobSpec) -> dict[str, Any]:
     """Of a checked spec, as plain data: `mesh`, `rules` (those that name an axis of a tensor, numbered), `tensors`, `totals`.
 
     An entry of `tensors` stands for `count` tensors of one shape and layout. `bytes_per_device` is of all of them,
-    `replicated_bytes` what all devices together hold beyond one copy.
+    `replicated_bytes` what all devices together hold beyond one copy. In `dims`, `further` are mesh axes that no rule but
+    `sharding.optimizer` gives.
     """
     config = spec.train
     mesh = config.mesh.shape(slices=spec.layout.slices, devices_per_slice=spec.layout.devices_per_slice)
@@ -73,7 +74,13 @@ def _entry(
         "shape": list(shape),
         "dtype": dtype,
         "dims": [
-            {"axis": axis, "size": length, "mesh": list(split), "rule": numbers[winner] if winner else None}
+            {
+                "axis": axis,
+                "size": length,
+                "mesh": list(split),
+                "rule": numbers[winner] if winner else None,
+                "further": [name for name in split if winner is None or name not in winner[1]],
+            }
             for axis, length, split, winner in zip(axes, shape, layout.spec, layout.winners, strict=True)
         ],
         "skipped": [{"rule": numbers[skip.rule], "reason": skip.reason} for skip in layout.skipped if skip.matters],

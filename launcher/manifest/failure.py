@@ -40,8 +40,9 @@ def pod_failure_policy(spec: JobSpec) -> Manifest | None:
     disruption = {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     match spec.failure.mode:
         case "smart":
-            # The last rule changes nothing but what the Job says: its message names the exit code, after the pod is gone too.
-            return {"rules": [fatal, _exit_codes(contract.FREE_EXIT_CODES), disruption, _any_other_code()]}
+            # No rule for the other codes: the Job quotes the first failed pod that any rule matches, so that a peer that
+            # aborts (134) would hide the code of the pod with the cause.
+            return {"rules": [fatal, _exit_codes(contract.FREE_EXIT_CODES), disruption]}
         case "strict":
             return {"rules": [fatal]}
         case "simple":
@@ -56,11 +57,6 @@ def _rule(name: str, action: str, patterns: list[str]) -> Manifest:
 def _message(codes: tuple[int, ...]) -> str:
     alternatives = "|".join(map(str, codes))
     return f" failed with exit code {f'({alternatives})' if len(codes) > 1 else alternatives} matching FailJob rule "
-
-
-def _any_other_code() -> Manifest:
-    known = sorted({0, *contract.FATAL_EXIT_CODES, *contract.FREE_EXIT_CODES})
-    return {"action": "FailJob", "onExitCodes": {"containerName": contract.CONTAINER_NAME, "operator": "NotIn", "values": known}}
 
 
 def _exit_codes(codes: tuple[int, ...]) -> Manifest:

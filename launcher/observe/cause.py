@@ -72,7 +72,8 @@ def said_by(*events: Event) -> tuple[str, ...]:
 
 
 def condition_line(about: str, condition: Manifest) -> str:
-    return f"{about}: {condition.get('type')}={condition.get('status')}, {condition.get('reason') or 'no reason'}: {one_line(str(condition.get('message') or ''))}"
+    message = one_line(str(condition.get("message") or ""))
+    return f"{about}: {condition.get('type')}={condition.get('status')}, {condition.get('reason') or 'no reason'}: {message}"
 
 
 def one_line(text: str, limit: int = 400) -> str:

@@ -16,7 +16,8 @@ from launcher.observe.cause import Cause, condition_line, named, one_line
 
 _UNUSED: Final = re.compile(r"insufficient unused quota for (?P<resource>\S+) in flavor (?P<flavor>\S+), (?P<more>\S+) more needed")
 _MAXIMUM: Final = re.compile(
-    r"insufficient quota for (?P<resource>\S+) in flavor (?P<flavor>\S+),.*?request \((?P<asked>[^)]+)\) > maximum capacity \((?P<limit>[^)]+)\)"
+    r"insufficient quota for (?P<resource>\S+) in flavor (?P<flavor>\S+),.*?"
+    r"request \((?P<asked>[^)]+)\) > maximum capacity \((?P<limit>[^)]+)\)"
 )
 _NOT_COVERED: Final = re.compile(r"resource (?P<resource>\S+) unavailable in ClusterQueue")
 _AFFINITY: Final = re.compile(r"flavor (?P<flavor>\S+) doesn't match node affinity")
@@ -153,7 +154,8 @@ def _evicted_for_good(scene: Scene, conditions: dict[str, Manifest]) -> Iterator
         code="deactivated",
         sentence="the job's Workload is deactivated, so Kueue will not start it"
         + (f": {one_line(str(evicted['message']))}" if evicted.get("status") == "True" and evicted.get("message") else ""),
-        fix=f'when its reason is gone, make it active: kubectl -n {scene.namespace} patch workload {name} --type=merge -p \'{{"spec":{{"active":true}}}}\'',
+        fix="when its reason is gone, make it active: "
+        f'kubectl -n {scene.namespace} patch workload {name} --type=merge -p \'{{"spec":{{"active":true}}}}\'',
         evidence=(f"workload/{name}: spec.active=false", *_workload_says(scene)),
     )
 
@@ -171,7 +173,8 @@ def _waits_for_checks(scene: Scene, conditions: dict[str, Manifest]) -> Iterator
         yield Cause(
             code="admission-check",
             sentence=f"the quota is reserved, but admission check {'; '.join(said)}",
-            fix=f"wait for the check's controller (for capacity of DWS this can be hours), or look at it: kubectl describe admissioncheck {checks[0]['name']}",
+            fix="wait for the check's controller (for capacity of DWS this can be hours), or look at it: "
+            f"kubectl describe admissioncheck {checks[0]['name']}",
             evidence=tuple(f"workload/{mapping(scene.workload)['metadata']['name']}: admission check {line}" for line in said),
         )
     else:
@@ -196,7 +199,8 @@ def _preempted(scene: Scene, conditions: dict[str, Manifest]) -> Iterator[Cause]
     why = {"prioritization in the ClusterQueue": "it has a higher priority"}.get(found["why"] or "", found["why"] or "")
     yield Cause(
         code="preempted-in-queue",
-        sentence=f"job {by or 'of another namespace'} took its place in the queue{f': {why}' if why else ''}; it waits to be admitted again",
+        sentence=f"job {by or 'of another namespace'} took its place in the queue{f': {why}' if why else ''}; "
+        "it waits to be admitted again",
         fix="wait: it resumes from its last checkpoint by itself; or submit it with a higher queue.priority",
         evidence=(*_workload_says(scene, "Evicted"), *(line for line in (position_line(scene),) if line)),
     )
@@ -209,13 +213,15 @@ def _no_quota(scene: Scene, conditions: dict[str, Manifest]) -> Iterator[Cause]:
         yield Cause(
             code="not-covered",
             sentence=f"cluster queue {cluster!r} does not cover {found['resource']}, which the job requests",
-            fix=f"choose a queue for it, or have {found['resource']} added to coveredResources of the cluster queue: kubectl edit clusterqueue {cluster}",
+            fix=f"choose a queue for it, or have {found['resource']} added to coveredResources of the cluster queue: "
+            f"kubectl edit clusterqueue {cluster}",
             evidence=evidence,
         )
     if found := _MAXIMUM.search(words):
         yield Cause(
             code="over-quota",
-            sentence=f"the job asks for {found['asked']} of {found['resource']}, more than queue {scene.queue!r} can ever give ({found['limit']})",
+            sentence=f"the job asks for {found['asked']} of {found['resource']}, "
+            f"more than queue {scene.queue!r} can ever give ({found['limit']})",
             fix="submit a smaller job (fewer slices), use another queue, or ask for more quota",
             evidence=evidence,
         )
@@ -225,7 +231,8 @@ def _no_quota(scene: Scene, conditions: dict[str, Manifest]) -> Iterator[Cause]:
             code="quota-used",
             sentence=f"queue {scene.queue!r} has not enough {found['resource']} free: {found['more']} more is needed"
             + (f"; used by {named(users)}" if users else ""),
-            fix="wait: it starts by itself when they end; or cancel one of them, or submit with a higher queue.priority where the queue preempts",
+            fix="wait: it starts by itself when they end; or cancel one of them, "
+            "or submit with a higher queue.priority where the queue preempts",
             evidence=(*evidence, *(line for line in (position_line(scene),) if line)),
         )
     if found := _TOPOLOGY.search(words):
@@ -239,7 +246,8 @@ def _no_quota(scene: Scene, conditions: dict[str, Manifest]) -> Iterator[Cause]:
         yield Cause(
             code="flavor-mismatch",
             sentence=f"no flavor of cluster queue {cluster!r} is for the nodes the job asks for: {found['flavor']} has other labels",
-            fix=f"use another queue, or compare the job's TPU type with the flavor's nodeLabels: kubectl get resourceflavor {found['flavor']} -o yaml",
+            fix="use another queue, or compare the job's TPU type with the flavor's nodeLabels: "
+            f"kubectl get resourceflavor {found['flavor']} -o yaml",
             evidence=evidence,
         )
     if found := _TAINT.search(words):

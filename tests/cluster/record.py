@@ -1,4 +1,4 @@
-"""Make the situations on the cluster of $KUBECONFIG and keep what the launcher reads of each: `python -m tests.cluster.record [NAME...]`."""
+"""Make situations on the cluster of $KUBECONFIG, keep what the launcher reads: `python -m tests.cluster.record [NAME...]`."""
 
 from __future__ import annotations
 

@@ -78,6 +78,7 @@ def _train(draw: st.DrawFn, slices: int, devices: int) -> Document:
         "batch": {"global_batch": batch, "sequence_length": draw(st.sampled_from([8, 128])), "accumulation": accumulation},
         "mesh": {"ici": {"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor}, "dcn": {"data": draw(st.sampled_from([slices, -1]))}},
         "schedule": schedule,
+        "sharding": {"unsharded_limit": 1.0},  # dims of any size are drawn, few of which every axis divides
         "data": {"sources": [draw(st.sampled_from([{"type": "synthetic"}, {"type": "text", "paths": ["gs://text/*.txt"]}]))]},
         **draw(st.sampled_from([{}, {"eval": {"every_steps": 5}}, {"checkpoint": {"every_steps": 5, "keep_every_steps": 10}}])),
     }

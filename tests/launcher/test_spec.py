@@ -39,7 +39,7 @@ def test_plain_text_is_short_for_a_node() -> None:
     [
         (["train.schedule.warmpu_steps=3"], "train.schedule.warmpu_steps", "did you mean 'warmup_steps'?"),
         (["train.schedule.type=cosin"], "train.schedule.type", "did you mean 'cosine'?"),
-        (["train.schedule={type: null}"], "train.schedule.type", "one of: constant, cosine, wsd"),
+        (["train.schedule={type: null}"], "train.schedule.type", "one of: constant, cosine, linear, wsd"),
         (["train.data.sources=[{type: jsonl, pahts: [a]}]"], "train.data.sources.0.pahts", "did you mean 'paths'?"),
         (["train.model.preset=tinny"], "train.model.preset", "did you mean 'tiny'?"),
         (["train.model.segments.0.pattern.0.mlp.hiden=3"], "train.model.segments.0.pattern.0.mlp.hiden", "did you mean 'hidden'?"),

@@ -183,8 +183,10 @@ def _config(model: Model, family: Family, *, dtype: str, max_positions: int) -> 
     """What `family` can say about `model`, from its first layer; the caller checks whether that is all of it."""
     layers = layers_of(model)
     attention, mlp = layers[0].attention, layers[0].mlp
+    if not isinstance(attention, Attention):
+        raise CheckpointError(f"no Hugging Face family is known for a model whose attention is {attention.type}")
     rope: dict[str, Any] = {"rope_theta": attention.rope.theta, "rope_type": "default"}
-    if (scaling := attention.rope.scaling) is not None:
+    if isinstance(scaling := attention.rope.scaling, Llama3Scaling):
         rope |= {
             "rope_type": "llama3",
             "factor": scaling.factor,

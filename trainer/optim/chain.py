@@ -36,8 +36,7 @@ def build_optimizer(config: Optimizer, schedule: optax.Schedule, treated: Sequen
                 state.setdefault(moment.slot, {})[treatment.weight.path] = kept
         return state
 
-    def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None) -> tuple[optax.Updates, optax.OptState]:
-        assert isinstance(state, Mapping)
+    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None) -> tuple[optax.Updates, optax.OptState]:
         count = jnp.asarray(optax.safe_increment(state["count"]), jnp.int32)
         norm = optax.tree.norm(updates)
         new: dict[str, Any] = {"count": count}

@@ -69,11 +69,13 @@ def _muon(config: Muon, count: jax.Array) -> Rule:
         )
         fresh = tx.init([g])
         assert isinstance(fresh, optax.contrib.MuonState)
-        [update], state = tx.update([g], fresh._replace(count=count - 1, mu=[slots["mu"].astype(jnp.float32)]))
+        updates, state = tx.update([g], fresh._replace(count=count - 1, mu=[slots["mu"].astype(jnp.float32)]))
         assert isinstance(state, optax.contrib.MuonState)
+        [update] = jax.tree.leaves(updates)
         inputs, outputs = (math.prod(p.shape[dim] for dim in part) for part in (dims.inputs, dims.outputs))
         scale = math.sqrt(max(1, outputs / inputs)) if config.update_rms is None else config.update_rms * math.sqrt(max(inputs, outputs))
-        return Direction(scale * update, {"mu": state.mu[0]})
+        [momentum] = jax.tree.leaves(state.mu)
+        return Direction(scale * update, {"mu": momentum})
 
     return rule
 

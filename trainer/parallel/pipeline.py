@@ -7,6 +7,7 @@ one function mapped over a leading dim of size S, split over `stage`; results mo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
@@ -119,7 +120,7 @@ def run_pipeline(
             )
             results, products = body(arrays, whole, constrain(inputs, (STAGE, *axes)), turn)
             results = constrain(results, (STAGE, *axes))
-            leaving = results if schedule.hop == 1 else carry.held
+            leaving = results if carry.held is None else carry.held
             return move(carry.buffer, leaving, turn, held=results), products
 
         return iteration
@@ -286,7 +287,7 @@ def _gather_rows(buffer: jax.Array, schedule: PipelineSchedule) -> jax.Array:
     """The inverse of `_spread`, of the buffer as it stands at the end."""
     counts = [schedule.final_turns(lane) % schedule.stages for lane in range(schedule.lanes)]
     edges = [0, *(lane for lane in range(1, schedule.lanes) if counts[lane] != counts[lane - 1]), schedule.lanes]
-    parts = [jnp.roll(buffer[:, start:stop], counts[start], axis=0) for start, stop in zip(edges, edges[1:], strict=False)]
+    parts = [jnp.roll(buffer[:, start:stop], counts[start], axis=0) for start, stop in itertools.pairwise(edges)]
     home = jnp.concatenate(parts, axis=1).swapaxes(1, 2)
     return home.reshape(-1, *home.shape[3:])
 
