@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import uuid
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -111,11 +112,10 @@ def published(version: str) -> Manifest:
 def release(request: pytest.FixtureRequest) -> Generator[tuple[str, Resource]]:
     """An older release's JobSet, served beside the installed one under another group."""
     version, crd = request.param, published(request.param)
-    group = f"jobset-{version.replace('.', '-')}.example.com"
+    group = f"jobset-{version.replace('.', '-')}.{uuid.uuid4().hex[:8]}.example.com"
     crd["metadata"] = {"name": f"jobsets.{group}", "annotations": {"api-approved.kubernetes.io": "unapproved, a test"}}
     crd["spec"] |= {"group": group, "conversion": {"strategy": "None"}}
     kubectl("create", "-f", "-", stdin=json.dumps(crd))
-    kubectl("wait", "--for=condition=Established", "--timeout=60s", f"crd/jobsets.{group}")
     yield version, Resource(f"{group}/v1alpha2", "JobSet", "jobsets")
     kubectl("delete", "crd", f"jobsets.{group}", "--wait=false")
 

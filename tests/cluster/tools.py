@@ -15,7 +15,9 @@ CHEAP_IMAGE = "python:3.12-slim"
 
 
 def kubectl(*words: str, stdin: str | None = None) -> str:
-    return subprocess.run(["kubectl", *words], input=stdin, capture_output=True, text=True, check=True, timeout=120).stdout
+    done = subprocess.run(["kubectl", *words], input=stdin, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, f"kubectl {' '.join(words)}: {done.stderr}"
+    return done.stdout
 
 
 def nnxlaunch(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
