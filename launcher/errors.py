@@ -100,11 +100,11 @@ def report(error: Exception) -> int:
 
 
 def _print(message: str, hint: str) -> None:
-    print(f"error: {_visible(message)}", file=sys.stderr)
+    print(f"error: {visible(message)}", file=sys.stderr)
     if hint:
-        print(f"hint: {_visible(hint)}", file=sys.stderr)
+        print(f"hint: {visible(hint)}", file=sys.stderr)
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """`text` without secrets, and without control characters that could rewrite the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in redact(text))

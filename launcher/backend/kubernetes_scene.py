@@ -62,15 +62,18 @@ class SceneReader:
         return found
 
     def _started(self, jobset: Manifest) -> dict[str, Any]:
-        labels = f"{JOBSET_NAME_LABEL}={jobset['metadata']['name']}"
-        pods = self._list(POD, labels=labels)
-        found: dict[str, Any] = {
-            "pods": tuple(map(_lean, pods)),
-            "jobs": tuple(map(_lean, self._list(JOB, labels=labels))),
-            "events": self._events(jobset),
-        }
+        name = jobset["metadata"]["name"]
+        pods = self._list(POD, labels=f"{JOBSET_NAME_LABEL}={name}")
         states = [pod_status(pod) for pod in pods]
         waiting = [pod for pod, state in zip(pods, states, strict=True) if state.node is None and not state.leaving]
+        jobs = self._list(JOB, labels=JOBSET_NAME_LABEL if waiting else f"{JOBSET_NAME_LABEL}={name}")
+        own = [job for job in jobs if job["metadata"]["labels"][JOBSET_NAME_LABEL] == name]
+        found: dict[str, Any] = {
+            "pods": tuple(map(_lean, pods)),
+            "jobs": tuple(map(_lean, own)),
+            "rivals": tuple(_rival(job) for job in jobs if job not in own and mapping(job.get("status")).get("active")),
+            "events": self._events(jobset),
+        }
         if waiting or any(_lost(pod) for pod in pods):
             found["nodes"] = self._nodes(waiting or pods)
         elif speaker := _process_0(states):
@@ -165,16 +168,26 @@ def _process_0(pods: list[PodStatus]) -> PodStatus | None:
 
 
 def _lost(pod: Manifest) -> bool:
-    """Whether its node has stopped to answer."""
-    return mapping(pod.get("status")).get("reason") == "NodeLost" or any(
-        condition.get("reason") in ("NodeNotReady", "NodeLost") for condition in items(mapping(pod.get("status")).get("conditions"))
-    )
+    """Whether it runs and is not ready: a trainer has no readiness probe, so its node has stopped to answer."""
+    status = mapping(pod.get("status"))
+    ready = any(c.get("type") == "Ready" and c.get("status") == "True" for c in items(status.get("conditions")))
+    return status.get("phase") == "Running" and not ready and "deletionTimestamp" not in pod["metadata"]
 
 
 def _lean(found: Manifest) -> Manifest:
     """Without the bookkeeping of server-side apply, half of an object's size."""
     metadata = {key: value for key, value in found["metadata"].items() if key != "managedFields"}
     return {**found, "metadata": metadata}
+
+
+def _rival(job: Manifest) -> Manifest:
+    """Whose it is, how many pods of it are there, and on which nodes they may be."""
+    pod = job["spec"]["template"]["spec"]
+    return {
+        "metadata": {"name": job["metadata"]["name"], "labels": {JOBSET_NAME_LABEL: job["metadata"]["labels"][JOBSET_NAME_LABEL]}},
+        "spec": {"nodeSelector": mapping(pod.get("nodeSelector"))},
+        "status": {"active": job["status"]["active"]},
+    }
 
 
 def _lean_node(node: Manifest) -> Manifest:

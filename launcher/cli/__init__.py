@@ -25,6 +25,7 @@ COMMANDS: Final[dict[str, str]] = {
     "types": "List the accelerator types and their arithmetic.",
     "submit": "Start a job from a spec.",
     "status": "Show how a job is doing.",
+    "why": "Say what a job waits for or died of, with evidence and what to do.",
     "list": "List jobs.",
     "logs": "Print or follow the logs of a job.",
     "wait": "Wait until a job ends; the exit code tells how.",

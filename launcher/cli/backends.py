@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.backend import Backend, BackendKind, JobStatus, open_backend
+from launcher.backend import Backend, BackendKind, JobStatus, Scene, open_backend
 from launcher.errors import NotFound, Unavailable
 
 
@@ -20,6 +20,14 @@ def job(backend: Backend, kind: BackendKind, name: str) -> JobStatus:
     """Its status. Raises NotFound, with a hint when the name is that of a local job."""
     try:
         return backend.get(name)
+    except NotFound as error:
+        raise NotFound(str(error), hint=_local_hint(kind, name, None) or error.hint) from None
+
+
+def look(backend: Backend, kind: BackendKind, name: str) -> Scene:
+    """All that says how the job is doing. Raises NotFound as `job`."""
+    try:
+        return backend.scene(name)
     except NotFound as error:
         raise NotFound(str(error), hint=_local_hint(kind, name, None) or error.hint) from None
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.cli.options import Output
+from launcher.errors import visible
 
 
 def emit(data: Any, output: Output) -> None:
@@ -36,3 +37,9 @@ def in_units(count: int) -> str:
             return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.2f} {unit}"
         amount /= 1024
     return f"{amount:.2f} TiB"
+
+
+def screen(rows: Sequence[tuple[str, str]]) -> str:
+    """`key  value` lines, values aligned; control characters of what others wrote are shown, not obeyed."""
+    width = max(len(key) for key, _ in rows)
+    return "\n".join(f"{key.ljust(width)}  {visible(value)}".rstrip() for key, value in rows)

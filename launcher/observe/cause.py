@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launcher.backend.scene import Scene
@@ -26,6 +26,10 @@ class Pod:
 
     manifest: Manifest
     status: PodStatus
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Pod:
+        return cls(manifest, pod_status(manifest))
 
     @property
     def spec(self) -> Manifest:
@@ -54,13 +58,9 @@ class Pod:
 
 def pods_of(scene: Scene) -> list[Pod]:
     """Pods of the present attempt, by slice and worker."""
-    pods = [Pod(manifest, pod_status(manifest)) for manifest in scene.pods]
+    pods = [Pod.of(manifest) for manifest in scene.pods]
     present = [pod for pod in pods if pod.status.attempt == scene.status.attempt]
     return sorted(present, key=lambda pod: (pod.status.slice_index, pod.status.worker))
-
-
-def wanted_pods(scene: Scene) -> int:
-    return scene.status.hosts
 
 
 def said_by(*events: Event) -> tuple[str, ...]:
@@ -72,8 +72,8 @@ def said_by(*events: Event) -> tuple[str, ...]:
 
 
 def condition_line(about: str, condition: Manifest) -> str:
-    message = one_line(str(condition.get("message") or ""))
-    return f"{about}: {condition.get('type')}={condition.get('status')}, {condition.get('reason') or 'no reason'}: {message}"
+    words = one_line(str(condition.get("message") or ""))
+    return f"{about}: {condition.get('type')}={condition.get('status')}, {condition.get('reason') or 'no reason'}: {words}"
 
 
 def one_line(text: str, limit: int = 400) -> str:
@@ -91,7 +91,3 @@ def named(things: Sequence[str], limit: int = 4) -> str:
 
 def counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def total(numbers: Iterable[int]) -> int:
-    return sum(numbers)

@@ -13,11 +13,12 @@ from launcher.backend.scene import Scene
 from launcher.backend.status import Manifest
 from launcher.backend.values import items, mapping
 from launcher.observe.cause import Cause, condition_line, named, one_line
+from launcher.observe.quantity import quantity
 
 _UNUSED: Final = re.compile(r"insufficient unused quota for (?P<resource>\S+) in flavor (?P<flavor>\S+), (?P<more>\S+) more needed")
 _MAXIMUM: Final = re.compile(
-    r"insufficient quota for (?P<resource>\S+) in flavor (?P<flavor>\S+),.*?"
-    r"request \((?P<asked>[^)]+)\) > maximum capacity \((?P<limit>[^)]+)\)"
+    r"insufficient quota for (?P<resource>\S+) in flavor (?P<flavor>\S+),"
+    r".*?request \((?P<asked>[^)]+)\) > maximum capacity \((?P<limit>[^)]+)\)"
 )
 _NOT_COVERED: Final = re.compile(r"resource (?P<resource>\S+) unavailable in ClusterQueue")
 _AFFINITY: Final = re.compile(r"flavor (?P<flavor>\S+) doesn't match node affinity")
@@ -150,13 +151,13 @@ def _evicted_for_good(scene: Scene, conditions: dict[str, Manifest]) -> Iterator
             evidence=_workload_says(scene, "Evicted"),
         )
     name = mapping(scene.workload)["metadata"]["name"]
+    said = one_line(str(evicted.get("message", "")))
     yield Cause(
         code="deactivated",
-        sentence="the job's Workload is deactivated, so Kueue will not start it"
-        + (f": {one_line(str(evicted['message']))}" if evicted.get("status") == "True" and evicted.get("message") else ""),
-        fix="when its reason is gone, make it active: "
-        f'kubectl -n {scene.namespace} patch workload {name} --type=merge -p \'{{"spec":{{"active":true}}}}\'',
-        evidence=(f"workload/{name}: spec.active=false", *_workload_says(scene)),
+        sentence="the job is taken out of the queue (its Workload is not active), as nnxlaunch suspend does"
+        + (f": {said}" if said not in ("", "The workload is deactivated") else ""),
+        fix=f"when its reason is gone: nnxlaunch resume {scene.name}",
+        evidence=(f"workload/{name}: spec.active=false", *_workload_says(scene, "Evicted")),
     )
 
 
@@ -220,8 +221,8 @@ def _no_quota(scene: Scene, conditions: dict[str, Manifest]) -> Iterator[Cause]:
     if found := _MAXIMUM.search(words):
         yield Cause(
             code="over-quota",
-            sentence=f"the job asks for {found['asked']} of {found['resource']}, "
-            f"more than queue {scene.queue!r} can ever give ({found['limit']})",
+            sentence=f"the job asks for {found['asked']} of {found['resource']}, more than queue {scene.queue!r} can ever give "
+            f"({found['limit']})",
             fix="submit a smaller job (fewer slices), use another queue, or ask for more quota",
             evidence=evidence,
         )
@@ -231,8 +232,8 @@ def _no_quota(scene: Scene, conditions: dict[str, Manifest]) -> Iterator[Cause]:
             code="quota-used",
             sentence=f"queue {scene.queue!r} has not enough {found['resource']} free: {found['more']} more is needed"
             + (f"; used by {named(users)}" if users else ""),
-            fix="wait: it starts by itself when they end; or cancel one of them, "
-            "or submit with a higher queue.priority where the queue preempts",
+            fix="wait: it starts by itself when they end; or cancel one of them, or submit with a higher queue.priority "
+            "where the queue preempts",
             evidence=(*evidence, *(line for line in (position_line(scene),) if line)),
         )
     if found := _TOPOLOGY.search(words):
@@ -306,15 +307,6 @@ def quota_users(scene: Scene, resource: str) -> list[str]:
         if any(quantity(amount) for amount in amounts):
             found.append((sum(map(quantity, amounts)), f"{_said(workload, scene.namespace)} ({' + '.join(amounts)})"))
     return [words for _, words in sorted(found, reverse=True)]
-
-
-_SUFFIXES: Final = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50}
-
-
-def quantity(text: str) -> float:
-    """A Kubernetes quantity, such as `500m` or `2Gi`, as a number."""
-    found = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", text)
-    return float(found[1]) * _SUFFIXES.get(found[2], 1) if found else 0.0
 
 
 def _said(workload: Manifest, home: str = "") -> str:

@@ -1,4 +1,7 @@
-"""Make situations on the cluster of $KUBECONFIG, keep what the launcher reads: `python -m tests.cluster.record [NAME...]`."""
+"""Make the situations on the cluster of $KUBECONFIG and keep what the launcher reads of each.
+
+`python -m tests.cluster.record [NAME...]`
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,8 @@ def make(situation: Situation, ns: str) -> tuple[KubernetesBackend, str]:
             kubectl("apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": list(step.apply)}))
         if step.run:
             kubectl(*step.run)
+        if step.call:
+            step.call(backend)
         if step.until:
             await_words(backend, step)
             job = step.job

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from launcher.backend import Manifest
-from tests.cluster.tools import cheap_job
+from launcher.backend.kubernetes import KubernetesBackend
+from tests.cluster.tools import cheap_job, kubectl
 
 KUEUE: Final = "kueue.x-k8s.io/v1beta2"
 ABSENT_IMAGE: Final = "registry.invalid/team/trainer:v1"
@@ -33,6 +34,7 @@ class Step:
 
     apply: tuple[Manifest, ...] = ()
     run: tuple[str, ...] = ()
+    call: Callable[[KubernetesBackend], object] | None = None
     until: tuple[str, ...]
     job: str = "train"
 
@@ -178,7 +180,7 @@ def local_queue_stopped(ns: str) -> list[Step]:
 
 @situation("not-covered", "google.com/tpu", "does not cover", fix="coveredResources", sampled=True)
 def resource_not_covered(ns: str) -> list[Step]:
-    return once(*queue(ns), *job(ns, queue="tpu", **tpu("v5e", "4x4")), until="QuotaReserved")
+    return once(*queue(ns), *job(ns, queue="tpu", **tpu("v5e", "4x4")), until="unavailable in ClusterQueue")
 
 
 @situation("quota-used", "cpu", "holder", fix="wait", sampled=True)
@@ -189,7 +191,7 @@ def quota_used(ns: str) -> list[Step]:
     ]
 
 
-@situation("over-quota", "more than", "cpu", fix="smaller", sampled=True)
+@situation("over-quota", "more than", "cpu", fix="smaller")
 def quota_never_enough(ns: str) -> list[Step]:
     return once(*queue(ns, cpu="10m"), *job(ns, queue="tpu"), until="maximum capacity")
 
@@ -247,14 +249,11 @@ def preempted_in_the_queue(ns: str) -> list[Step]:
     ]
 
 
-@situation("deactivated", "deactivated", fix="active")
+@situation("deactivated", "taken out of the queue", fix="nnxlaunch resume train")
 def workload_deactivated(ns: str) -> list[Step]:
     return [
-        Step(apply=(*queue(ns, cpu="1m"), *job(ns, queue="tpu")), until=("maximum capacity",)),
-        Step(
-            run=("patch", "workload", "--all", "-n", ns, "--type=merge", "-p", '{"spec": {"active": false}}'),
-            until=("Deactivated",),
-        ),
+        Step(apply=(*queue(ns, cpu="50m"), *job(ns, queue="tpu")), until=('"ready": 2',)),
+        Step(call=lambda backend: backend.suspend("train"), until=("Deactivated", '"suspend": true')),
     ]
 
 
@@ -280,7 +279,7 @@ def behind_others(ns: str) -> list[Step]:
         ),
         Step(
             apply=job(ns, queue="tpu"),
-            until=('"name": "jobset-train', '"name": "jobset-first', "positionInClusterQueue", "WaitingForQuota"),
+            until=('"name": "jobset-train', '"name": "jobset-first', "positionInClusterQueue"),
         ),
     ]
 
@@ -293,7 +292,7 @@ def suspended_without_workload(ns: str) -> list[Step]:
     return [Step(apply=job(ns, name="b-held", queue="tpu", jobset=hold), until=("Suspended",), job="b-held")]
 
 
-@situation("suspended", "suspended", fix="resume", sampled=True)
+@situation("suspended", "suspended", fix="resume")
 def suspended_by_hand(ns: str) -> list[Step]:
     def hold(jobset: Manifest) -> None:
         jobset["spec"]["suspend"] = True
@@ -351,7 +350,7 @@ def priority_class_missing(ns: str) -> list[Step]:
     return once(*job(ns, priority="nobody-made-it"), until="no PriorityClass")
 
 
-@situation("no-service-account", "service account 'nobody-made-it' does not exist", fix="serviceaccount", sampled=True)
+@situation("no-service-account", "service account 'nobody-made-it' does not exist", fix="serviceaccount")
 def service_account_missing(ns: str) -> list[Step]:
     return once(*job(ns, service_account="nobody-made-it"), until='nobody-made-it\\" not found')
 
@@ -417,14 +416,6 @@ def nodes_not_ready(ns: str) -> list[Step]:
     ]
 
 
-@situation("node-not-ready", "not ready", "Running", fix="node")
-def node_lost_under_a_running_pod(ns: str) -> list[Step]:
-    return [
-        Step(apply=(*nodes(ns, "tpu-v5p-slice", "2x4x4", 8), *job(ns, **tpu("v5p", "2x4x4"))), until=('"ready": 8',)),
-        Step(run=("annotate", "node", f"{ns}-3", "fake.test/not-ready=KubeletStopped"), until=("NodeNotReady",)),
-    ]
-
-
 @situation("no-free-pool", "pool", "slice", fix="pool")
 def exclusive_pool_taken(ns: str) -> list[Step]:
     spec = tpu("v6e", "4x4", placement={"type": "exclusive"})
@@ -437,7 +428,7 @@ def followers_wait_for_their_leader(ns: str) -> list[Step]:
     return once(*job(ns, **tpu("v4", "4x4x16", placement={"type": "exclusive"})), until=("Unschedulable", "follower"))
 
 
-@situation("no-claim", "claim 'shared' does not exist", fix="persistentvolumeclaim", sampled=True)
+@situation("no-claim", "claim 'shared' does not exist", fix="persistentvolumeclaim")
 def claim_missing(ns: str) -> list[Step]:
     claim = {"type": "pvc", "claim": "shared", "mount_path": "/shared"}
     return once(*job(ns, volumes=[claim]), until="not found")
@@ -539,9 +530,9 @@ def out_of_memory(ns: str) -> list[Step]:
     return once(*job(ns, program, failure={"max_restarts": 0}), until=("OOMKilled", '"terminalState": "Failed"'))
 
 
-@situation("budget-used", "134", "restarts", fix="max_restarts", sampled=True)
+@situation("budget-used", "134", "1 counted restart", fix="max_restarts")
 def budget_used(ns: str) -> list[Step]:
-    return once(*job(ns, ends("os.abort()"), failure={"max_restarts": 1}), until=("ReachedMaxRestarts", '"terminalState": "Failed"'))
+    return once(*job(ns, ends("sys.exit(134)"), failure={"max_restarts": 1}), until=("ReachedMaxRestarts", '"terminalState": "Failed"'))
 
 
 @situation("restarting", "leave", fix="grace")
@@ -552,17 +543,17 @@ def restart_waits_for_grace(ns: str) -> list[Step]:
     return once(*job(ns, program, grace_seconds=60, failure={"max_restarts": 3}), until=("deletionTimestamp",))
 
 
-@situation("crash-loop", "134", "restarted", fix="logs --previous")
+@situation("crash-loop", "134", "restarted", fix="--previous")
 def crash_loop(ns: str) -> list[Step]:
-    return once(*job(ns, ends("os.abort()"), failure={"max_restarts": 40}), until=('"restarts": 3',))
+    return once(*job(ns, ends("sys.exit(134)"), failure={"max_restarts": 40}), until=('"restarts": 3',))
 
 
-@situation("free-restarts", "75", "free", fix="logs --previous")
+@situation("free-restarts", "75", "free", fix="--previous")
 def preempted_again_and_again(ns: str) -> list[Step]:
     return once(*job(ns, ends("sys.exit(75)")), until=('"restarts": 4',))
 
 
-@situation("evicted", "emptyDir", "tmp", fix="tmp")
+@situation("evicted", "EmptyDir", "tmp", "1Mi", fix="tmp")
 def evicted_for_its_disk(ns: str) -> list[Step]:
     def small(pod: Manifest) -> None:
         for volume in pod["volumes"]:
@@ -573,25 +564,28 @@ def evicted_for_its_disk(ns: str) -> list[Step]:
     return once(*job(ns, program, pod=small), until=("Evicted", '"restarts": 1'))
 
 
-@situation("preempted", "higher priority", "urgent", fix="priority")
+@situation("preempted", "higher priority", "slice 0, worker 0", fix="priority")
 def preempted_by_the_scheduler(ns: str) -> list[Step]:
     high = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": ns}, "value": 1000}
     pool = nodes(ns, "tpu-v4-podslice", "2x2x1", 1)
     return [
         Step(apply=(high, *pool, *job(ns, **tpu("v4", "2x2x1"))), until=('"ready": 1',)),
-        Step(apply=job(ns, name="urgent", priority=ns, **tpu("v4", "2x2x1")), until=("Preempt", "Unschedulable")),
+        Step(apply=job(ns, name="urgent", priority=ns, **tpu("v4", "2x2x1")), until=("PreemptionByScheduler", "deletionTimestamp")),
     ]
 
 
-@situation("node-gone", "drained", fix="nothing")
+def evict(backend: KubernetesBackend) -> None:
+    """As a drain does, of one pod."""
+    pod = backend.get("train").pods[1].name
+    wish = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod, "namespace": backend.namespace}}
+    kubectl("create", "--raw", f"/api/v1/namespaces/{backend.namespace}/pods/{pod}/eviction", "-f", "-", stdin=json.dumps(wish))
+
+
+@situation("running", "2 of 2", "slice 0, worker 1", "eviction", fix="nothing")
 def drained(ns: str) -> list[Step]:
     return [
-        Step(apply=(*nodes(ns, "tpu-v5p-slice", "2x2x1", 1), *job(ns, **tpu("v5p", "2x2x1"))), until=('"ready": 1',)),
-        Step(apply=nodes(ns, "tpu-v5p-slice", "2x2x1", 2), until=()),
-        Step(
-            run=("drain", f"{ns}-0", "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=60s"),
-            until=('"restarts": 1', '"ready": 1'),
-        ),
+        Step(apply=job(ns, f"{SLEEP}; raise SystemExit(143)"), until=('"ready": 2',)),
+        Step(call=evict, until=('"restarts": 1', '"ready": 2')),
     ]
 
 
@@ -608,6 +602,6 @@ def running(ns: str) -> list[Step]:
     return once(*job(ns), until='"ready": 2')
 
 
-@situation("completed", "done", fix="nothing", sampled=True)
+@situation("completed", "done", fix="nothing")
 def completed(ns: str) -> list[Step]:
     return once(*job(ns, "print('done')"), until='"terminalState": "Completed"')

@@ -1,0 +1,49 @@
+"""What `why` says about situations recorded on a real control plane, each judged by what was done to make it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.backend.scene import Scene, scene_from_data
+from launcher.observe.why import causes, why
+from tests.cluster.situations import SITUATIONS, Situation
+
+RECORDED = Path(__file__).parent / "situations"
+
+
+def recorded(name: str) -> Scene:
+    return scene_from_data(json.loads((RECORDED / f"{name}.json").read_text()))
+
+
+@pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.name)
+def test_the_dominant_cause_is_what_was_done(situation: Situation) -> None:
+    found = why(recorded(situation.name))
+    assert found.code == situation.code, found
+    missing = [words for words in situation.words if words not in found.sentence]
+    assert not missing, found
+    assert situation.fix in found.fix, found
+    assert found.evidence, "a cause is shown with the object that says it"
+
+
+def test_a_host_whose_node_stopped_to_answer_is_named() -> None:
+    scene = recorded("running")
+    (first, second), now = scene.pods, scene.read_at
+    conditions = [{**c, "status": "False"} if c["type"] in ("Ready", "ContainersReady") else c for c in second["status"]["conditions"]]
+    silent = {**second, "status": {**second["status"], "conditions": conditions}, "spec": {**second["spec"], "nodeName": "tpu-7"}}
+    words = "Kubelet stopped posting node status."
+    ready = {"type": "Ready", "status": "Unknown", "reason": "NodeStatusUnknown", "message": words}
+    node = {"metadata": {"name": "tpu-7", "labels": {}}, "spec": {}, "status": {"conditions": [ready]}}
+    found = why(Scene(jobset=scene.jobset, read_at=now, pods=(first, silent), jobs=scene.jobs, nodes=(node,)))
+    assert found.code == "node-not-ready"
+    assert "tpu-7 (slice 0, worker 1)" in found.sentence
+    assert words in found.evidence[0]
+
+
+def test_every_situation_gives_one_cause_at_least_and_each_names_a_way_on() -> None:
+    for situation in SITUATIONS:
+        for cause in causes(recorded(situation.name)):
+            assert cause.code and cause.sentence and cause.fix, cause
+            assert "\n" not in cause.sentence
