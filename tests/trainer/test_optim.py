@@ -11,7 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config.optimizer import AdamW, Constant, Cosine, WarmupStableDecay
+from trainer.config.treatment import treatments
+from trainer.config.weights import Normal, Weight
 from trainer.optim import build_optimizer, build_schedule
+
+MATRIX = Weight("matrix", (4, 3), ("embed", "mlp"), Normal(1), 1)
+SCALE = Weight("scale", (3,), ("norm",), Normal(1), 0)
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5, 1e6])
@@ -20,7 +25,7 @@ def test_ten_updates_equal_those_of_optax_adamw_behind_its_clipping(clip_norm: f
     params = {"matrix": jnp.asarray(random.normal(size=(4, 3)), jnp.float32), "scale": jnp.ones(3)}
     schedule = build_schedule(Cosine(learning_rate=0.1, warmup_steps=3), 10)
     config = AdamW(weight_decay=0.3, clip_norm=clip_norm)
-    ours = build_optimizer(config, schedule, [True, False])
+    ours = build_optimizer(config, schedule, treatments(config, [MATRIX, SCALE]))
     theirs = optax.chain(
         optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
         optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.epsilon, weight_decay=0.3, mask={"matrix": True, "scale": False}),
@@ -37,8 +42,8 @@ def test_ten_updates_equal_those_of_optax_adamw_behind_its_clipping(clip_norm: f
 
 
 def test_a_gradient_of_zero_leaves_finite_parameters() -> None:
-    params = {"matrix": jnp.ones((2, 2))}
-    tx = build_optimizer(AdamW(), build_schedule(Constant(learning_rate=0.1), 1), [True])
+    params = {"matrix": jnp.ones((4, 3))}
+    tx = build_optimizer(AdamW(), build_schedule(Constant(learning_rate=0.1), 1), treatments(AdamW(), [MATRIX]))
     steps, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     assert bool(jnp.isfinite(steps["matrix"]).all())
 

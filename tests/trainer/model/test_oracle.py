@@ -16,6 +16,7 @@ from tests.trainer.model.models import ORACLE, load, mean_loss, one_document
 from trainer.checkpoint.huggingface_config import model_from_huggingface
 from trainer.config.model import Model
 from trainer.config.optimizer import AdamW
+from trainer.config.treatment import treatments
 from trainer.config.weights import weights
 from trainer.optim import build_optimizer
 
@@ -63,8 +64,8 @@ def test_greedy_generation_gives_the_reference_ids(oracle: Oracle) -> None:
 
 def test_ten_adamw_steps_follow_the_reference_trajectory(oracle: Oracle) -> None:
     by_path = {weight.path: weight for weight in weights(oracle.model)}
-    decays = [by_path[path].inputs > 0 for path in sorted(oracle.params)]
-    tx = build_optimizer(AdamW(b1=0.9, b2=0.95, epsilon=1e-8, weight_decay=0.1, clip_norm=1.0), lambda _: 1e-3, decays)
+    config = AdamW(b1=0.9, b2=0.95, epsilon=1e-8, weight_decay=0.1, clip_norm=1.0)
+    tx = build_optimizer(config, lambda _: 1e-3, treatments(config, [by_path[path] for path in sorted(oracle.params)]))
 
     @jax.jit
     def update(params: Any, opt: Any, gradients: Any) -> tuple[Any, Any]:
