@@ -23,7 +23,7 @@ SEVERAL_HOSTS = (
 
 def small_model() -> Document:
     """Divisible by tensor 1, 2, 4 and fsdp up to 64."""
-    attention = {"heads": 8, "kv_heads": 4, "head_dim": 24}
+    attention = {"heads": 4, "kv_heads": 2, "head_dim": 48}
     block = {"attention": attention, "mlp": {"hidden": 640}}
     return {"vocab_size": 512, "width": 192, "segments": [{"pattern": [block], "repeats": 2}]}
 
