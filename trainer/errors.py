@@ -10,6 +10,7 @@ TrainerError
 ├── PeerLost           another process vanished or never came (76)
 ├── WorldError         the processes do not form one world: a duplicate, a wrong count, another version (64)
 ├── NotInstalled       JAX is missing (64)
+├── CompilerRefused    the compiler does not take the step, for a reason other than memory (64)
 └── NoProgress         several attempts started at the same committed step (70)
 `trainer.config.ConfigError` (a ValueError, 64) stands beside it because the launcher raises it too.
 """
@@ -60,6 +61,10 @@ class WorldError(TrainerError):
 
 
 class NotInstalled(TrainerError):
+    exit_code = Exit.CONFIG
+
+
+class CompilerRefused(TrainerError):
     exit_code = Exit.CONFIG
 
 

@@ -85,7 +85,7 @@ def run(config: TrainConfig) -> Exit:
 
 def _train_step(config: TrainConfig, spec: StateSpec, layout: Layout, reporter: Reporter) -> TrainStep:
     """The step compiled beforehand where there is one and it is this run's, else one that is compiled when it first runs."""
-    check_options(config.compiler, layout.mesh)
+    check_options(config.compiler, layout.mesh.local_mesh.devices.flat[0])
     if path := config.compiler.executable:
         found = load_executable(path, config, spec, layout)
         if not isinstance(found, str):

@@ -42,14 +42,17 @@ def command(
 
     from launcher.checks import load
     from launcher.cli.output import emit
-    from launcher.errors import ToolFailed, Unavailable
+    from launcher.errors import NotFound, ToolFailed, Unavailable
     from launcher.explain.compiled import described, target_of
 
     if topology is not None:
-        overrides = [*overrides, "cpu=null", f"tpu={{type: {topology}, slices: {slices or 1}}}"]
-    job = load(spec, overrides)
+        overrides = ["cpu=null", f"tpu={{type: {topology}, slices: {slices or 1}}}", *overrides]
+    # As a job of this machine: the image and the pods' files do not matter to the compiler.
+    job = load(spec, overrides, target="local")
     if slices is not None and topology is None:
-        job = load(spec, [*overrides, f"{job.layout.target}.slices={slices}"])
+        job = load(spec, [*overrides, f"{job.layout.target}.slices={slices}"], target="local")
+    if hlo is not None and not hlo.parent.is_dir():
+        raise NotFound(f"--hlo: there is no folder {hlo.parent}")
     target = target_of(job)
     if importlib.util.find_spec("jax") is None:
         raise Unavailable("the trainer's packages are not installed here", hint="in the clone: ./setup.sh train")

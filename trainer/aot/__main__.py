@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return Exit.CONFIG
+    except OSError as error:
+        print(f"error: {error.filename or options.save or options.hlo} cannot be written: {error.strerror or error}", file=sys.stderr)
+        return Exit.CONFIG
     except TrainerError as error:
         print(f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
         return error.exit_code
@@ -60,16 +63,20 @@ def compile_and_report(config: Any, target: Target, save: str | None, hlo: str |
     from trainer.aot.executable import save_executable
     from trainer.aot.lower import compile_step, layout_of
     from trainer.aot.report import report, too_large
-    from trainer.errors import NotInstalled
+    from trainer.errors import CompilerRefused, NotInstalled
+    from trainer.parallel.compiler import check_options
 
     if target.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         raise NotInstalled("libtpu is not installed here: it holds the TPU compiler", hint="in the clone: ./setup.sh dev, on Linux x86_64")
+    layout = layout_of(config, target)
+    check_options(config.compiler, layout.mesh.devices.flat[0])
     try:
-        compiled = compile_step(config, target)
+        compiled = compile_step(config, layout)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return too_large(config, target, layout_of(config, target), str(error).splitlines()[0])
+        words = str(error).splitlines()[0]
+        if "RESOURCE_EXHAUSTED" in words:
+            return too_large(config, target, layout, words)
+        raise CompilerRefused(f"the compiler refused the step: {words}", hint="try without compiler.options") from None
     found = report(config, target, compiled)
     if hlo is not None:
         with open(hlo, "w", encoding="utf-8") as file:

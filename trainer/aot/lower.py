@@ -69,9 +69,8 @@ def lower_step(config: TrainConfig, layout: Layout) -> tuple[StateSpec, jax.stag
     )
 
 
-def compile_step(config: TrainConfig, target: Target) -> Compiled:
-    """Compile for `target`. Raises jax.errors.JaxRuntimeError, RESOURCE_EXHAUSTED where it does not fit."""
-    layout = layout_of(config, target)
+def compile_step(config: TrainConfig, layout: Layout) -> Compiled:
+    """Compile for the devices of `layout`. Raises jax.errors.JaxRuntimeError, RESOURCE_EXHAUSTED where it does not fit."""
     start = time.monotonic()
     _, lowered = lower_step(config, layout)
     middle = time.monotonic()

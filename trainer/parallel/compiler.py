@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import yaml
@@ -12,6 +12,9 @@ from jax.sharding import Mesh
 
 from trainer.config.compiler import Compiler
 from trainer.config.problem import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from jaxlib._jax import Device
 
 Options = dict[str, Any]
 
@@ -25,11 +28,10 @@ def compiler_options(config: Compiler, mesh: Mesh) -> Options | None:
     return {name: value for name, value in found.items() if value is not None} or None
 
 
-def check_options(config: Compiler, mesh: Mesh) -> None:
-    """Raises ConfigError for an option the compiler of these devices does not know, or a value it does not take."""
+def check_options(config: Compiler, device: Device) -> None:
+    """Raises ConfigError for an option the compiler of `device`, described or attached here, does not know, or a value it does not take."""
     if not config.options:
         return
-    device = mesh.local_mesh.devices.flat[0]
     placed = jax.ShapeDtypeStruct((), "float32", sharding=jax.sharding.SingleDeviceSharding(device))
     lowered = jax.jit(lambda x: x + 1).lower(placed)
     problems: list[Problem] = []
