@@ -112,11 +112,15 @@ def test_bad_input_is_refused_in_words(arguments: list[str], changes: dict[str, 
     assert words in done.stderr and not done.stdout
 
 
-def test_the_step_is_compiled_for_a_tpu_that_is_not_here(tmp_path: Path) -> None:
-    done = compile_command(tmp_path, "--topology", "v5e-4")
+def test_the_step_is_compiled_for_a_tpu_that_is_not_here_and_holds_the_attention_kernel(tmp_path: Path) -> None:
+    program = tmp_path / "step.hlo"
+    done = compile_command(tmp_path, "--topology", "v5e-4", "--set", "train.batch.sequence_length=128", "--hlo", str(program))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("v5e-4, slices 1, devices 4: fsdp=4; 8 sequences of 16 a step\nmemory of a device, GB\n")
+    assert done.stdout.startswith("v5e-4, slices 1, devices 4: fsdp=4; 8 sequences of 128 a step\nmemory of a device, GB\n")
     assert "fits: 0%" in done.stdout and "all-gather" in done.stdout and "limited by" in done.stdout
+    kernels = [line for line in program.read_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    # Forward, recomputed forward, gradients of queries, and of keys and values.
+    assert len(kernels) == 4 and all("splash" in line for line in kernels)
 
 
 @pytest.mark.full

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from trainer.config.base import Fraction, Node, NonNegativeFloat, PositiveFloat, PositiveInt, tag_or
+
+KERNEL_BLOCK: Final = 128
+"""Tokens of the smallest block of the splash attention kernel: lanes of a TPU."""
 
 
 class Norm(Node):

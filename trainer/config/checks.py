@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Final
 
+from trainer.config.attention import KERNEL_BLOCK
 from trainer.config.data import ArrayRecord, Bytes, JsonLines, Parquet, PythonStandardLibrary, Synthetic, Text
-from trainer.config.layouts import batch_divides, mesh_axes_are_used, model_divides, rules_are_known, weights_are_split
+from trainer.config.layouts import batch_divides, length_shards, mesh_axes_are_used, model_divides, rules_are_known, weights_are_split
 from trainer.config.mesh import product
 from trainer.config.paths import path_fault
 from trainer.config.pipeline import pipeline_fits
@@ -27,6 +28,7 @@ def check_train(config: TrainConfig, *, slices: int, devices_per_slice: int, pro
         yield from batch_divides(config, shape)
         yield from model_divides(config, shape)
         yield from mesh_axes_are_used(config, shape)
+        yield from kernel_fits(config, shape)
         yield from weights_are_split(config, shape)
     yield from rules_are_known(config)
     yield from groups_select(config)
@@ -49,6 +51,20 @@ def mesh_fits(config: TrainConfig, *, slices: int, devices_per_slice: int) -> Ge
             hint = f"degrees of mesh.{link} whose product is {total}; one of them may be -1: what is left"
             yield Problem(path=f"mesh.{link}", message=str(error), hint=hint, code="mesh", value=product(degrees.by_axis()), limit=total)
     return config.mesh.shape(slices=slices, devices_per_slice=devices_per_slice) if fits else None
+
+
+def kernel_fits(config: TrainConfig, shape: Mapping[str, int]) -> Iterator[Problem]:
+    """Sequences that the splash kernel is asked to take are whole blocks, and not split."""
+    if config.model.attention_kernel != "splash":
+        return
+    path, length, ways = "model.attention_kernel", config.batch.sequence_length, length_shards(shape, config.sharding)
+    if length % KERNEL_BLOCK:
+        message = f"splash takes blocks of {KERNEL_BLOCK} tokens, and batch.sequence_length is {length}"
+        hint = f"a sequence length that is a multiple of {KERNEL_BLOCK}, or plain"
+        yield Problem(path=path, message=message, hint=hint, code="kernel", value=length, limit=KERNEL_BLOCK)
+    if ways > 1:
+        message = f"splash takes whole sequences, and the mesh splits each {ways} ways"
+        yield Problem(path=path, message=message, hint="plain, or context=1", code="kernel", value=ways, limit=1)
 
 
 def schedule_ends(config: TrainConfig) -> Iterator[Problem]:

@@ -17,6 +17,7 @@ from trainer.config.presets import expand_preset
 
 Dtype = Literal["float32", "bfloat16"]
 RematPolicy = Literal["none", "full", "minimal", "dots"]
+AttentionKernel = Literal["auto", "plain", "splash"]
 
 
 class Block(Node):
@@ -55,6 +56,9 @@ class Model(Node):
     compute_dtype: Dtype = "bfloat16"
     """Dtype of matmul inputs; weights, softmax, norms and the loss stay float32."""
     matmul_precision: Literal["default", "highest"] = "default"
+    attention_kernel: AttentionKernel = "auto"
+    """`splash`: the Pallas kernel for TPUs, which keeps scores on the chip; on other devices it is interpreted, slowly.
+    `plain`: matrix products and a softmax. `auto`: splash on TPUs where the sequence length is a multiple of 128."""
     layers: Literal["scan", "unroll"] = "scan"
     remat: RematPolicy = "full"
     """What the backward pass keeps of a block: nothing (`full`), matmul results without batch dims
@@ -77,6 +81,7 @@ class Model(Node):
 
 
 __all__ = [
-    "Attention", "BiasBalancing", "Block", "Capacity", "Clamp", "DenseDispatch", "Dropless", "Dtype", "GatedMlp", "Groups",
-    "LatentAttention", "LinearScaling", "Llama3Scaling", "Model", "Moe", "Norm", "RematPolicy", "Rope", "Router", "Segment", "YarnScaling",
+    "Attention", "AttentionKernel", "BiasBalancing", "Block", "Capacity", "Clamp", "DenseDispatch", "Dropless", "Dtype", "GatedMlp",
+    "Groups", "LatentAttention", "LinearScaling", "Llama3Scaling", "Model", "Moe", "Norm", "RematPolicy", "Rope", "Router", "Segment",
+    "YarnScaling",
 ]  # fmt: skip

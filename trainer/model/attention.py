@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainer.config.model import Attention as AttentionSpec
-from trainer.config.model import Block, Rope
+from trainer.config.model import AttentionKernel, Block, Rope
+from trainer.config.model import LatentAttention as LatentSpec
+from trainer.model.kernels import splash_attention, uses_splash
 from trainer.model.layers import Params, RmsNorm, add_bias, einsum_float32, select, under
 from trainer.model.rope import Table, rope_table, rotate
 from trainer.parallel.sharding import constrain
@@ -43,6 +45,25 @@ class Context:
     """window -> bool [B, T, S]: query t may see entry s of a layer's cache."""
     remember: bool = False
     """Whether attention hands out what it would have to remember of these tokens."""
+    segments: jax.Array | None = None
+    """int32 [B, T], 0 in padding: what the splash kernel makes its mask of."""
+    kernel: AttentionKernel = "plain"
+
+    def attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        spec: AttentionSpec | LatentSpec,
+        sinks_N: jax.Array | None,
+        past: Seen | None,
+    ) -> jax.Array:
+        """`attend` over the documents of the batch, by the kernel that was chosen; with a past always the plain one."""
+        if past is None and self.segments is not None and uses_splash(self.kernel, query.shape[1]):
+            axes = QUERY_AXES, KEY_AXES
+            window, soft_cap = spec.window, spec.soft_cap
+            return splash_attention(query, key, value, self.segments, axes=axes, window=window, soft_cap=soft_cap, sinks_N=sinks_N)
+        return attend(query, key, value, self.masks[spec.window], soft_cap=spec.soft_cap, sinks_N=sinks_N, past=past)
 
 
 class Seen(NamedTuple):
@@ -60,17 +81,18 @@ def make_context(
     *,
     past_masks: Mapping[int | None, jax.Array] | None = None,
     remember: bool = False,
+    kernel: AttentionKernel = "plain",
 ) -> Context:
     """The masks and rotary tables `blocks` need.
 
     positions int32: place of a token in its document; segments int32: document number within the row, 0 = padding.
-    past_masks, remember: as the fields of Context.
+    past_masks, remember, kernel: as the fields of Context.
     """
     specs = [block.attention for block in blocks]
     masks = {window: attention_mask(positions_BT, segments_BT, window) for window in dict.fromkeys(spec.window for spec in specs)}
     keys = dict.fromkeys((spec.rope, spec.rotary_dim) for spec in specs)
     tables = {(rope, rotated): rope_table(positions_BT, rope, rotated) for rope, rotated in keys}
-    return Context(segments_BT != 0, masks, tables, past_masks or {}, remember)
+    return Context(segments_BT != 0, masks, tables, past_masks or {}, remember, segments_BT, kernel)
 
 
 def attention_mask(positions_BT: jax.Array, segments_BT: jax.Array, window: int | None) -> jax.Array:
@@ -153,9 +175,8 @@ class Attention(nnx.Module):
         key_BTKH = constrain(select(context.valid, key_BTKH.astype(x_BTD.dtype)), KEY_AXES)
         value_BTKH = constrain(select(context.valid, value_BTKH), KEY_AXES)
         seen = None if past is None else Seen(past["key"], past["value"], context.past_masks[self.spec.window])
-        mask_BTS = context.masks[self.spec.window]
         sinks_N = None if self.sinks is None else self.sinks[...]
-        mixed_BTNH = attend(query_BTNH, key_BTKH, value_BTKH, mask_BTS, soft_cap=self.spec.soft_cap, sinks_N=sinks_N, past=seen)
+        mixed_BTNH = context.attend(query_BTNH, key_BTKH, value_BTKH, self.spec, sinks_N, seen)
         mixed_BTNH = constrain(mixed_BTNH, QUERY_AXES)
         products: ByProducts = {"cache": {"key": key_BTKH, "value": value_BTKH}} if context.remember else {}
         return add_bias(jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, self.out[...]), self.out_bias), products

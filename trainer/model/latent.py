@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainer.config.model import LatentAttention as LatentSpec
-from trainer.model.attention import QUERY_AXES, ByProducts, Cache, Context, Seen, attend
+from trainer.model.attention import QUERY_AXES, ByProducts, Cache, Context, Seen
 from trainer.model.layers import Params, RmsNorm, add_bias, select, under
 from trainer.model.rope import rotate
 from trainer.parallel.sharding import constrain
@@ -34,9 +34,8 @@ class LatentAttention(nnx.Module):
         """past: what this layer remembers of the tokens before these, as `latent` returns it."""
         query_BTNH = constrain(self.queries(x_BTD, context), QUERY_AXES)
         present = self.latent(x_BTD, context)
-        mask_BTS = context.masks[self.spec.window]
         seen = None if past is None else Seen(*self.keys_and_values(past), context.past_masks[self.spec.window])
-        mixed_BTNV = attend(query_BTNH, *self.keys_and_values(present), mask_BTS, soft_cap=self.spec.soft_cap, past=seen)
+        mixed_BTNV = context.attend(query_BTNH, *self.keys_and_values(present), self.spec, None, seen)
         mixed_BTNV = constrain(mixed_BTNV, QUERY_AXES)
         products: ByProducts = {"cache": present} if context.remember else {}
         return add_bias(jnp.einsum("BTNV,NVD->BTD", mixed_BTNV, self.out[...]), self.out_bias), products

@@ -39,7 +39,7 @@ def run_stages(
 
     def stage(arrays: list[jax.Array], x_bTD: jax.Array, rows: Rows) -> tuple[jax.Array, list[Any]]:
         # Made here, of the microbatch's own rows: for the whole batch they would be held by every stage.
-        context = make_context(list(segment.pattern), rows["positions"], rows["segments"])
+        context = make_context(list(segment.pattern), rows["positions"], rows["segments"], kernel=model.attention_kernel)
         if model.layers == "scan" and plan.patterns_per_stage > 1:
             return jax.lax.scan(lambda x, arrays: run_pattern(arrays, x, context), x_bTD, arrays)
         found: list[list[Any]] = []

@@ -87,7 +87,7 @@ class Transformer(nnx.Module):
     def hidden(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
         """The last block's output after the final norm, compute dtype [B, T, D]. Arguments as of a call."""
         blocks = [block for segment in self.spec.segments for block in segment.pattern]
-        return self.forward(tokens_BT, make_context(blocks, positions_BT, segments_BT))[0]
+        return self.forward(tokens_BT, make_context(blocks, positions_BT, segments_BT, kernel=self.spec.attention_kernel))[0]
 
     def forward(self, tokens_BT: jax.Array, context: Context, past: list[Any] | None = None) -> tuple[jax.Array, list[Any]]:
         """What `hidden` returns, and the by-products of every segment's blocks.
