@@ -5,9 +5,9 @@ B sequences, T tokens, N query heads = K key/value heads x G queries each, H hea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Final, cast
 
 import jax
 import jax.numpy as jnp
@@ -93,8 +93,9 @@ def _local_attention(
         interpret=interpret,
     )
     heads_first = [array.swapaxes(1, 2) for array in (query_BTNH, key_BTKH, value_BTKV)]
-    run: Callable[..., Any] = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
-    return run(*heads_first, splash.SegmentIds(segments_BT, segments_BT), sinks_N).swapaxes(1, 2)
+    run = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
+    mixed_BNTV = cast("jax.Array", run(*heads_first, splash.SegmentIds(segments_BT, segments_BT), sinks_N))
+    return mixed_BNTV.swapaxes(1, 2)
 
 
 def _on_tpu(layout: Layout) -> bool:
