@@ -5,7 +5,6 @@ B sequences, T tokens, N query heads = K key/value heads x G queries each, H hea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Final, cast
 
@@ -13,11 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import PartitionSpec
 
 from trainer.config.attention import KERNEL_BLOCK
 from trainer.config.model import AttentionKernel
-from trainer.parallel.sharding import Layout, current_layout
+from trainer.parallel.shards import Axes, map_shards, mesh_axes_of, on_tpu
 
 LARGEST_BLOCK: Final = 512
 HEADS: Final = 2
@@ -28,8 +26,7 @@ def uses_splash(kernel: AttentionKernel, length: int) -> bool:
     """Whether attention of `length` tokens runs the kernel: where it is asked for, and by itself (`auto`) on TPUs where it can."""
     if kernel != "auto":
         return kernel == "splash"
-    layout = current_layout()
-    return layout is not None and _on_tpu(layout) and length % KERNEL_BLOCK == 0 and not _splits_length(layout, length)
+    return on_tpu() and length % KERNEL_BLOCK == 0 and not mesh_axes_of(("length",), (length,), 0)
 
 
 def splash_attention(
@@ -38,7 +35,7 @@ def splash_attention(
     value_BTKV: jax.Array,
     segments_BT: jax.Array,
     *,
-    axes: tuple[Sequence[str | None], Sequence[str | None]],
+    axes: tuple[Axes, Axes],
     window: int | None,
     soft_cap: float | None,
     sinks_N: jax.Array | None,
@@ -48,24 +45,15 @@ def splash_attention(
     Queries come scaled. axes: logical axes of queries, and of keys and values. A device computes the heads and sequences
     it holds; the mask is made of places in the row and `segments`. Not on a TPU, the kernel is interpreted.
     """
-    layout = current_layout()
-    interpret = layout is None or not _on_tpu(layout)
-    local = partial(_local_attention, window=window, soft_cap=soft_cap, interpret=interpret)
-    if layout is None or layout.mesh.size == 1:
-        return local(query_BTNH, key_BTKH, value_BTKV, segments_BT, sinks_N)
+    local = partial(_local_attention, window=window, soft_cap=soft_cap, interpret=not on_tpu())
     query_axes, key_axes = axes
-    query = layout.spec(query_axes, query_BTNH.shape)
-    keys = [layout.spec(key_axes, array.shape) for array in (key_BTKH, value_BTKV)]
-    if any(_entry(spec, HEADS) != _entry(query, HEADS) for spec in keys):
+    if mesh_axes_of(key_axes, key_BTKH.shape, HEADS) != mesh_axes_of(query_axes, query_BTNH.shape, HEADS):
         # Fewer key heads than ways the heads are split: each query head takes its key along.
         group = query_BTNH.shape[HEADS] // key_BTKH.shape[HEADS]
         key_BTKH, value_BTKV = (jnp.repeat(array, group, axis=HEADS) for array in (key_BTKH, value_BTKV))
-        keys = [layout.spec(query_axes, array.shape) for array in (key_BTKH, value_BTKV)]
-    rows = layout.spec(query_axes[:2], segments_BT.shape)
-    heads = None if sinks_N is None else PartitionSpec(_entry(query, HEADS))
-    # Its checker has no rule for a Pallas call.
-    mapped = jax.shard_map(local, mesh=layout.mesh, in_specs=(query, *keys, rows, heads), out_specs=query, check_vma=False)
-    return mapped(query_BTNH, key_BTKH, value_BTKV, segments_BT, sinks_N)
+        key_axes = query_axes
+    arrays = [query_BTNH, key_BTKH, value_BTKV, segments_BT, sinks_N]
+    return map_shards(local, arrays, [query_axes, key_axes, key_axes, query_axes[:HEADS], query_axes[HEADS : HEADS + 1]], like=0)
 
 
 def _local_attention(
@@ -96,16 +84,3 @@ def _local_attention(
     run = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
     mixed_BNTV = cast("jax.Array", run(*heads_first, splash.SegmentIds(segments_BT, segments_BT), sinks_N))
     return mixed_BNTV.swapaxes(1, 2)
-
-
-def _on_tpu(layout: Layout) -> bool:
-    return layout.mesh.devices.flat[0].platform == "tpu"
-
-
-def _splits_length(layout: Layout, length: int) -> bool:
-    return bool(_entry(layout.spec(("length",), (length,)), 0))
-
-
-def _entry(spec: PartitionSpec, dim: int) -> str | tuple[str, ...] | None:
-    """Mesh axes of a dim; a spec leaves out what follows its last split dim."""
-    return spec[dim] if dim < len(spec) else None
