@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
@@ -16,9 +17,10 @@ from trainer.config.weights import weights
 from trainer.initial import initial_keys, initial_parameters, random_key
 from trainer.model import create_abstract_model
 from trainer.optim import build_optimizer, build_schedule
-from trainer.parallel.sharding import Layout
+from trainer.parallel.sharding import Layout, constrain
 
 Items = dict[str, dict[str, Any]]
+LOOKED_UP: Final = "embed/table"
 
 
 class RandomKey(nnx.Variable[jax.Array]):
@@ -136,10 +138,31 @@ def trained(config: TrainConfig, model: nnx.Module) -> nnx.filterlib.Filter:
     return nnx.All(nnx.Param, lambda path, _: join_path(path) not in frozen)
 
 
+def gathered(config: TrainConfig, state: nnx.State) -> nnx.State:
+    """The weights in `state` (a model's, or a part of it) as a step computes with them: laid out by the rules alone.
+
+    Where the state is stored split over `data` too, this is the one gathering of a step, in compute dtype but for the
+    weights that are used in float32: those `exact`, vectors, and the table of embeddings, whose gradient is summed in its
+    own dtype. Call it inside `use_layout` and outside of what is differentiated: the gradient by its result is partial
+    over `data`, so that laying it out as the state is stored costs half of the reduction that plain data parallelism has.
+    """
+    if config.sharding.optimizer == "as_weights":
+        return state
+    dtype = jnp.dtype(config.model.compute_dtype)
+
+    def gather(variable: nnx.Variable[jax.Array]) -> nnx.Variable[jax.Array]:
+        if not isinstance(variable, nnx.Param):
+            return variable
+        cast = variable.inputs and not variable.exact and variable.path != LOOKED_UP
+        return variable.replace(constrain(variable[...].astype(dtype) if cast else variable[...], variable.axes, variable.path))
+
+    return jax.tree.map(gather, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
 def _sharding(variable: nnx.Variable[Any], layout: Layout) -> NamedSharding:
     """Derived from the logical axes and the leaf's own shape; a leaf without axes (counters, keys) is replicated."""
     axes = variable.get_metadata().get("axes")
     shape = variable.get_value().shape
     if axes is None or len(axes) != len(shape):
         return layout.replicated
-    return layout.sharding(axes, shape, variable.get_metadata().get("path"))
+    return layout.stored(axes, shape, variable.get_metadata().get("path"))

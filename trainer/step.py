@@ -17,7 +17,7 @@ from trainer.loss import LossSums
 from trainer.optim import build_schedule
 from trainer.parallel.compiler import compiler_options
 from trainer.parallel.sharding import Layout, constrain, use_layout
-from trainer.state import StateSpec
+from trainer.state import StateSpec, gathered
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[nnx.State, Batch], tuple[nnx.State, Metrics]]
@@ -41,7 +41,8 @@ def make_train_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> Tra
     def train_step(state: nnx.State, batch: Batch) -> tuple[nnx.State, Metrics]:
         with use_layout(layout):
             train = nnx.merge(spec.graphdef, state)
-            model_def, params, rest = nnx.split(train.model, spec.trained, ...)
+            model_def, *parts = nnx.split(train.model, spec.trained, ...)
+            params, rest = (gathered(config, part) for part in parts)
 
             def forward(params: nnx.State, microbatch: Batch) -> Forward:
                 return _forward(nnx.merge(model_def, params, rest), microbatch)
@@ -70,7 +71,8 @@ def make_eval_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> Eval
     def eval_step(state: nnx.State, sums: LossSums, batch: Batch) -> LossSums:
         with use_layout(layout):
             train = nnx.merge(spec.graphdef, state)
-            return sums + forward_sums(config, _forward(train.model, batch), batch, terms)
+            model_def, params = nnx.split(train.model)
+            return sums + forward_sums(config, _forward(nnx.merge(model_def, gathered(config, params)), batch), batch, terms)
 
     return jax.jit(eval_step, donate_argnums=1, out_shardings=layout.replicated)
 
@@ -105,7 +107,8 @@ def accumulate(
         (sums, statistics), gradients = one(microbatch)
         return jax.tree.map(jnp.add, carry, (sums, gradients)), statistics
 
-    zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), shardings)
+    zeros = jax.tree.map(lambda param: jnp.zeros(param.shape, jnp.float32), params)
+    zeros = jax.lax.with_sharding_constraint(zeros, shardings)
     (sums, gradients), statistics = jax.lax.scan(turn, (LossSums.zero(terms), zeros), _microbatches(batch, count))
     return sums, gradients, jax.tree.map(lambda stacked: jnp.sum(stacked, axis=0), statistics)
 

@@ -66,7 +66,7 @@ def test_the_text_names_rules_drops_and_totals(capsys: pytest.CaptureFixture[str
     out = printed(capsys, *(word for override in TENSOR_16 for word in ("--set", override)))
     assert "256 devices, mesh data=4 x fsdp=4 x tensor=16" in out
     query = next(line for line in out.splitlines() if line.startswith("  segments/0/0/attention/query"))
-    assert "layer 32, embed 4096 / fsdp [19], heads 32 / tensor [17], head_dim 128" in query
+    assert "layer 32, embed 4096 / fsdp [20], heads 32 / tensor [18], head_dim 128" in query
     assert f"dropped: tensor=16 does not divide kv_heads={KV_HEADS}" in out
     assert "8,030,261,248 parameters" in out and "segments/0/0/attention/key, not over tensor" in out
 

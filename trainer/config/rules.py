@@ -24,6 +24,8 @@ RULES: Final[tuple[Rule, ...]] = (
     ("batch", ("stage", "data", "fsdp", "fsdp_transpose")),
     ("batch", ("data", "fsdp", "fsdp_transpose", "expert")),
     ("batch", ("data", "fsdp", "fsdp_transpose")),
+    # Embedded tokens where they have the width of a shard of the table: the mesh axes of the width are taken.
+    ("rows", ("stage", "data")),
     # Activations: `length` inside of attention and the MLP, `act_length` between blocks.
     ("length", ("context",)),
     ("act_length", ("context", "tensor_sequence")),
@@ -40,6 +42,7 @@ RULES: Final[tuple[Rule, ...]] = (
     ("embed", ("fsdp", "context", "expert")),
     ("embed", ("fsdp", "fsdp_transpose", "context")),
     ("embed", ("fsdp", "context")),
+    ("embed", ("fsdp", "fsdp_transpose", "expert")),
 )
 """The built-in table. Its order decides; a name that no rule is for is replicated."""
 

@@ -114,6 +114,13 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.A
     """Rows of the table in `dtype`, [B, T, D]; NaN for an id outside of the vocabulary.
 
     Cast after the lookup, so that the gradient, where a frequent token adds up thousands of rows, is summed in the
-    table's dtype. A sharded table is not gathered: the partitioner moves ids and rows.
+    table's dtype. A sharded table is not gathered: ids go to the devices that hold a part of the width, and the rows (in
+    the backward pass their gradient) change between a part of the width and a part of the batch. Left to itself, the
+    partitioner finds no such way where the vocabulary is split too, and makes all gradients of all rows whole on every
+    device.
     """
-    return table_VD.at[tokens_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(dtype)
+    table_VD = constrain(table_VD, ("vocab", "embed"), "embed/table")
+    tokens_BT = constrain(tokens_BT, ("rows", None))
+    rows_BTD = table_VD.at[tokens_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(dtype)
+    rows_BTD = constrain(rows_BTD, ("rows", None, "embed"), "embed/table")
+    return constrain(rows_BTD, ("rows", "length", "embed"), "embed/table")  # one exchange at a time: the partitioner finds no way for two

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Final
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trainer.config.rules import inside_pipeline, resolve
+from trainer.config.layouts import stored_layout
+from trainer.config.rules import Resolution, inside_pipeline, resolve
 from trainer.config.sharding import Sharding
 from trainer.config.train import TrainConfig
 from trainer.parallel.mesh import build_mesh
@@ -44,18 +45,25 @@ class Layout:
     def spec(self, axes: Sequence[str | None], shape: Sequence[int], weight: str | None = None) -> PartitionSpec:
         """Mesh axes of a tensor with these logical axes; `weight` is its path where it is a weight, or belongs to one."""
         rules = self.sharding_config.table(weight)
-        resolution = resolve(axes, shape, self.mesh.shape, inside_pipeline(rules) if self.inside_stage else rules)
-        entries = [mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None for mesh_axes in resolution.spec]
-        while entries and entries[-1] is None:
-            entries.pop()
-        return PartitionSpec(*entries)
+        return _partition_spec(resolve(axes, shape, self.mesh.shape, inside_pipeline(rules) if self.inside_stage else rules))
 
     def sharding(self, axes: Sequence[str | None], shape: Sequence[int], weight: str | None = None) -> NamedSharding:
         return NamedSharding(self.mesh, self.spec(axes, shape, weight))
 
+    def stored(self, axes: Sequence[str | None], shape: Sequence[int], weight: str | None = None) -> NamedSharding:
+        """Of a weight, or of a tensor the optimizer keeps for it, between steps."""
+        return NamedSharding(self.mesh, _partition_spec(stored_layout(self.sharding_config, axes, shape, weight, self.mesh.shape)))
+
     @property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
+
+
+def _partition_spec(resolution: Resolution) -> PartitionSpec:
+    entries = [mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None for mesh_axes in resolution.spec]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
 
 
 _current: ContextVar[Layout | None] = ContextVar("layout", default=None)

@@ -1,0 +1,159 @@
+"""The optimizer state split over `data` (ZeRO, stage 1): the same numbers, a part of the memory, one gathering a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.trainer.configs import config, layout, put, ragged_batch
+from trainer.aot.hlo import Collective, regions
+from trainer.checkpoint import Checkpoints
+from trainer.config import TrainConfig
+from trainer.config.run import Checkpoint
+from trainer.parallel.sharding import Layout
+from trainer.state import StateSpec, describe_state, initial_state, state_from_items, state_items
+from trainer.step import make_train_step
+
+ZERO = "sharding.optimizer=over_data"
+FROZEN = [{"tensors": ["*/key", "*/value", "*/up", "*/gate", "segments/*/scale"], "frozen": True}]  # their likes are trained
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": {"type": "adamw", "moment_dtype": "bfloat16"},
+    "muon": {"type": "muon"},
+    "sgd": {"type": "sgd", "momentum": 0.9},
+    "adafactor": {"type": "adafactor", "factored_from": 8},
+    "lion": {"type": "lion"},
+}
+EIGHTS = {  # every dim but that of the layers is a multiple of 8
+    "vocab_size": 64, "width": 32, "compute_dtype": "float32",
+    "segments": [{"repeats": 2, "pattern": [{"attention": {"heads": 8, "kv_heads": 8, "head_dim": 8}, "mlp": {"hidden": 48}}]}],
+}  # fmt: skip
+
+
+def random_state(spec: StateSpec) -> nnx.State:
+    """Values by the leaf's path: equal for every layout; second moments are positive."""
+    flat = nnx.to_flat_state(spec.abstract)
+
+    def value(leaf: jax.ShapeDtypeStruct, seed: int) -> jax.Array:
+        if not np.issubdtype(leaf.dtype, np.floating) and leaf.dtype != jax.numpy.bfloat16:
+            return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+        return jax.device_put(np.square(np.random.default_rng(seed).normal(size=leaf.shape)).astype(leaf.dtype), leaf.sharding)
+
+    return nnx.from_flat_state([(path, variable.replace(value(variable.get_value(), n))) for n, (path, variable) in enumerate(flat)])
+
+
+def update_all(where: dict[str, Layout], runs: dict[str, TrainConfig]) -> tuple[jax.stages.Compiled, dict[str, StateSpec], Any]:
+    """One update by every optimizer in one program, with gradients laid out as the weights are stored."""
+    specs = {name: describe_state(run, where[name]) for name, run in runs.items()}
+
+    def update(states: dict[str, nnx.State], gradients: dict[str, nnx.State]) -> dict[str, nnx.State]:
+        found = {}
+        for name, spec in specs.items():
+            train = nnx.merge(spec.graphdef, states[name])
+            train.optimizer.update(train.model, gradients[name])
+            found[name] = nnx.state(train)
+        return found
+
+    states = {name: random_state(spec) for name, spec in specs.items()}
+    gradients = {name: jax.tree.map(lambda p: p - 0.5, state["model"]) for name, state in states.items()}
+    compiled = jax.jit(update, out_shardings={name: spec.shardings for name, spec in specs.items()}).lower(states, gradients).compile()
+    return compiled, specs, (states, gradients)
+
+
+def test_every_optimizer_updates_its_part_as_it_would_the_whole_and_holds_an_eighth_of_the_bytes() -> None:
+    runs = {
+        name: config("mesh.ici.data=-1", "mesh.ici.fsdp=1", ZERO, model=EIGHTS, optimizer={**o, "groups": FROZEN})
+        for name, o in OPTIMIZERS.items()
+    }
+    split, specs, arguments = update_all({name: layout(run) for name, run in runs.items()}, runs)
+    whole, _, alone = update_all({name: layout(run, devices=1) for name, run in runs.items()}, runs)
+    ours, expected = split(*arguments), whole(*alone)
+    for name in runs:
+        items, wanted = state_items(ours[name]), state_items(expected[name])
+        for item, path in ((part, path) for part in ("params", "opt") for path in wanted[part]):
+            leaf = items[item][path]
+            np.testing.assert_allclose(
+                np.asarray(leaf, np.float32), np.asarray(wanted[item][path], np.float32), rtol=2e-6, atol=2e-6, err_msg=f"{name} {path}"
+            )
+            assert not leaf.ndim or leaf.sharding.shard_shape(leaf.shape) != leaf.shape, f"{name} {path}"
+    leaves = [(leaf.size, leaf.dtype.itemsize) for spec in specs.values() for leaf in jax.tree.leaves(spec.abstract)]
+    for spec in specs.values():  # the gradients that are used
+        leaves += [(leaf.size, 4) for leaf in jax.tree.leaves(nnx.filter_state(spec.abstract["model"], spec.trained))]
+    large = sum(size * width // 8 for size, width in leaves if size > 2)
+    small = sum(size * width for size, width in leaves if size <= 2)  # counters and keys
+    found = split.memory_analysis()
+    assert found is not None and found.argument_size_in_bytes == large + small
+
+
+class Run:
+    """A run whose step is compiled once."""
+
+    def __init__(self, *overrides: str) -> None:
+        mesh = ("mesh.ici.data=2", "mesh.ici.fsdp=2", "mesh.ici.tensor=2", "batch.accumulation=2", "model.matmul_precision=highest")
+        self.config = config(*mesh, *overrides)
+        self.layout = layout(self.config)
+        self.spec = describe_state(self.config, self.layout)
+        batch = put(ragged_batch(0), self.layout)
+        self.step = make_train_step(self.config, self.spec, self.layout).lower(self.spec.abstract, batch).compile()  # pyright: ignore
+
+    def train(self, state: nnx.State, first: int, steps: int) -> tuple[nnx.State, list[float]]:
+        losses: list[float] = []
+        for n in range(first, first + steps):
+            state, metrics = self.step(state, put(ragged_batch(n), self.layout))
+            losses.append(float(metrics["loss"]))
+        return state, losses
+
+    def restore(self, directory: Path) -> nnx.State:
+        items = Checkpoints(Checkpoint(), str(directory)).restore(4, state_items(self.spec.abstract))
+        return state_from_items(self.spec, items)
+
+
+def save(state: nnx.State, directory: Path) -> None:
+    checkpoints = Checkpoints(Checkpoint(), str(directory))
+    checkpoints.save(4, state_items(state), {})
+    checkpoints.wait()
+    checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def plain() -> Run:
+    return Run()
+
+
+@pytest.fixture(scope="module")
+def zero() -> Run:
+    return Run(ZERO)
+
+
+def test_losses_are_those_of_plain_data_parallelism_and_each_continues_the_others_checkpoint(plain: Run, zero: Run, tmp_path: Path) -> None:
+    first = initial_state(plain.config, plain.spec)
+    ours, losses = zero.train(jax.device_put(first, zero.spec.shardings, may_alias=False), 0, 4)
+    theirs, expected = plain.train(first, 0, 4)
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    save(ours, tmp_path / "zero")
+    save(theirs, tmp_path / "plain")
+    for run, directory in ((plain, "zero"), (zero, "plain")):
+        restored = run.restore(tmp_path / directory)
+        for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves({"zero": ours, "plain": theirs}[directory]), strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+        _, onwards = run.train(restored, 4, 2)
+        _, reference = plain.train(plain.restore(tmp_path / "plain"), 4, 2)
+        np.testing.assert_allclose(onwards, reference, rtol=1e-6)
+
+
+def over_data(run: Run) -> list[tuple[str, Collective]]:
+    """Weight-sized collectives between devices that differ in `data`, with the name of their region."""
+    text = run.step.as_text()
+    assert text is not None
+    return [(region.name, c) for region in regions(text, 8) for c in region.collectives if c.group[:2] == (0, 4)]
+
+
+def test_weights_are_gathered_over_data_once_and_outside_of_all_loops(plain: Run, zero: Run) -> None:
+    gathers = [(region, c) for region, c in over_data(zero) if c.kind == "all-gather" and "model" in c.op_name]
+    matrices = 2 + 7
+    assert len(gathers) >= matrices and {region for region, _ in gathers} == {"entry"}
+    assert not [c for _, c in over_data(plain) if c.kind == "all-gather" and "model" in c.op_name]
