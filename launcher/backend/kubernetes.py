@@ -14,8 +14,8 @@ from launcher.backend.kubernetes_logs import LOOK_SECONDS, PATIENCE_SECONDS, Sel
 from launcher.backend.kubernetes_queue import GROUP, queued_status, workload_of
 from launcher.backend.kubernetes_scene import SceneReader
 from launcher.backend.kubernetes_submit import Submission
-from launcher.backend.scene import Scene
-from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Event, JobState, JobStatus, LogLine, Manifest, job_status, timestamp
+from launcher.backend.scene import Scene, event_of, own_events
+from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Event, JobState, JobStatus, LogLine, Manifest, job_status
 from launcher.backend.values import mapping
 from launcher.errors import NotFound, Unavailable
 
@@ -30,6 +30,7 @@ class KubernetesBackend:
         self._api = Api(login)
         self.namespace = namespace or login.namespace
         self._scenes = SceneReader(self._api, self.namespace)
+        self._kueue: str | None = None  # the version that is served, once it was asked for
 
     def create(self, manifests: Sequence[Manifest], *, replace: bool = False) -> JobStatus:
         """Create one job from its manifests; the server checks all of them before the first is made.
@@ -118,16 +119,7 @@ class KubernetesBackend:
         return (follow_logs if follow else read_logs)(self._api, self.namespace, name, Selection(slice_index=slice_index, worker=worker))
 
     def events(self, name: str) -> Sequence[Event]:
-        pods, jobs = self._children(name)
-        uids = {item["metadata"]["uid"] for item in (self._jobset(name), *pods, *jobs)}
-        own = f"{name}-"  # pods and Jobs of earlier attempts are gone, their events are not
-        found = [
-            _event(raw)
-            for raw in self._api.list(EVENT, self.namespace)
-            if raw["involvedObject"].get("uid") in uids
-            or (raw["involvedObject"]["kind"] in ("Pod", "Job") and raw["involvedObject"]["name"].startswith(own))
-        ]
-        return sorted(found, key=lambda event: (str(event.at), event.about))
+        return [event_of(raw) for raw in own_events(self._jobset(name), self._api.list(EVENT, self.namespace))]
 
     def scene(self, name: str) -> Scene:
         return self._scenes.read(self._jobset(name))
@@ -146,29 +138,18 @@ class KubernetesBackend:
     def _children(self, name: str | None) -> tuple[list[Manifest], list[Manifest]]:
         """Pods and Jobs of the job, or of all jobs."""
         labels = JOBSET_NAME_LABEL if name is None else f"{JOBSET_NAME_LABEL}={name}"
-        return self._api.list(POD, self.namespace, labels=labels), self._api.list(JOB, self.namespace, labels=labels)
+        return self._api.list_whole(POD, self.namespace, labels=labels), self._api.list_whole(JOB, self.namespace, labels=labels)
 
     def _workloads(self, jobsets: Sequence[Manifest]) -> list[Manifest]:
         """Kueue's view, where a job waits for it and this user may read it; nothing depends on having it."""
         if not any(jobset["spec"].get("suspend") and QUEUE_LABEL in mapping(jobset["metadata"].get("labels")) for jobset in jobsets):
             return []
-        version = self._api.served_version(GROUP)
+        self._kueue = self._kueue or self._api.served_version(GROUP)
         try:
-            return self._api.list(Resource(version, "Workload", "workloads"), self.namespace) if version else []
+            return self._api.list_whole(Resource(self._kueue, "Workload", "workloads"), self.namespace) if self._kueue else []
         except (NotFound, Unavailable):
             return []
 
 
 def _of(name: str, children: Sequence[Manifest]) -> list[Manifest]:
     return [child for child in children if child["metadata"]["labels"][JOBSET_NAME_LABEL] == name]
-
-
-def _event(raw: Manifest) -> Event:
-    about = raw["involvedObject"]
-    return Event(
-        at=timestamp(raw.get("lastTimestamp") or raw.get("eventTime") or raw["metadata"].get("creationTimestamp")),
-        warning=raw.get("type") == "Warning",
-        reason=raw.get("reason", ""),
-        message=(raw.get("message") or "").strip(),
-        about=f"{about['kind'].lower()}/{about['name']}",
-    )

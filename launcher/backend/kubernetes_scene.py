@@ -17,7 +17,7 @@ from launcher.tpu.table import ACCELERATOR_LABEL
 from trainer.contract import CONTAINER_NAME
 
 REQUESTS: Final = 5
-LOG_LINES: Final = 300
+LOG_LINES: Final = 2000
 NODE: Final = Resource("v1", "Node", "nodes")
 KUEUE: Final = "kueue.x-k8s.io"
 KUEUE_VERSIONS: Final = ("v1beta2", "v1beta1")

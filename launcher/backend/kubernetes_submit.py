@@ -16,7 +16,7 @@ from typing import Any, Final
 from launcher.backend.kubernetes_api import CREATABLE, JOB, JOBSET, POD, Api, Resource
 from launcher.backend.kubernetes_errors import NotAllowed, OverQuota
 from launcher.backend.kubernetes_schema import jobset_schema, require_known
-from launcher.backend.status import QUEUE_LABEL, Manifest
+from launcher.backend.status import QUEUE_LABEL, SUBMITTED_BY_ANNOTATION, Manifest, user
 from launcher.backend.values import items, mapping
 from launcher.errors import AlreadyExists, NotFound
 
@@ -79,7 +79,8 @@ class Submission:
 
     def _held(self, *, suspend: bool) -> Manifest:
         metadata = self._jobset["metadata"]
-        marked = {**metadata, "annotations": {**mapping(metadata.get("annotations")), UNFINISHED: "true"}}
+        marks = {**mapping(metadata.get("annotations")), UNFINISHED: "true", SUBMITTED_BY_ANNOTATION: user()}
+        marked = {**metadata, "annotations": marks}
         return {**self._jobset, "metadata": marked, "spec": {**self._jobset["spec"], **({"suspend": True} if suspend else {})}}
 
     def _unfinished(self) -> Manifest:

@@ -20,7 +20,7 @@ from launcher.backend.local_logs import log_lines
 from launcher.backend.local_pod import refuse_what_cannot_run_here
 from launcher.backend.local_state import LOOK_SECONDS, JobFolder, Snapshot, create_folder, state_root
 from launcher.backend.scene import Scene
-from launcher.backend.status import RUN_DIRECTORY_ANNOTATION, Event, JobStatus, LogLine, Manifest
+from launcher.backend.status import RUN_DIRECTORY_ANNOTATION, SUBMITTED_BY_ANNOTATION, Event, JobStatus, LogLine, Manifest, user
 from launcher.backend.values import mapping
 from launcher.errors import AlreadyExists, NotFound, Unavailable
 from trainer.contract import CONFIG_FILE
@@ -76,7 +76,7 @@ class LocalBackend:
             for event in snapshot.events
         )
         return Scene(
-            jobset=snapshot.jobset, pods=tuple(snapshot.pods), jobs=tuple(snapshot.jobs), events=events,
+            jobset=snapshot.jobset, pods=tuple(snapshot.present), jobs=tuple(snapshot.jobs), events=events,
             read_at=datetime.now(UTC).isoformat(),
         )  # fmt: skip
 
@@ -197,9 +197,11 @@ def _placed(manifests: Sequence[Manifest], namespace: str) -> list[Manifest]:
     placed: list[Manifest] = []
     for manifest in manifests:
         metadata: Manifest = {**manifest["metadata"], "namespace": namespace}
-        if manifest["kind"] == "JobSet" and directory:
-            absolute = directory if "://" in directory else os.path.abspath(directory)
-            metadata["annotations"] = {**mapping(metadata.get("annotations")), RUN_DIRECTORY_ANNOTATION: absolute}
+        if manifest["kind"] == "JobSet":
+            marks = {**mapping(metadata.get("annotations")), SUBMITTED_BY_ANNOTATION: user()}
+            if directory:
+                marks[RUN_DIRECTORY_ANNOTATION] = directory if "://" in directory else os.path.abspath(directory)
+            metadata["annotations"] = marks
         placed.append({**manifest, "metadata": metadata})
     return placed
 

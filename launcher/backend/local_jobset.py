@@ -38,7 +38,9 @@ class LocalJobSet:
     def __init__(self, jobset: Manifest, now: Callable[[], datetime]) -> None:
         self._now = now
         self.jobset: Manifest = {**jobset, "status": {"restarts": 0, "restartsCountTowardsMax": 0, "conditions": []}}
-        self.jobset["metadata"] = {"creationTimestamp": self._time(), "namespace": "default", **jobset["metadata"]}
+        self.jobset["metadata"] = {
+            "creationTimestamp": self._time(), "namespace": "default", "uid": str(uuid.uuid4()), **jobset["metadata"],
+        }  # fmt: skip
         self.jobs: list[Manifest] = []
         self.pods: dict[str, Manifest] = {}  # of all attempts
         self.events: list[Event] = []
@@ -116,6 +118,7 @@ class LocalJobSet:
         if _has(job, "FailureTarget") and not any(_alive(pod) for pod in mine):
             target = next(condition for condition in job["status"]["conditions"] if condition["type"] == "FailureTarget")
             self._condition(job, "Failed", target["reason"], target["message"])
+            self._event(f"job/{name}", target["reason"], target["message"], warning=True)
         elif all(pod["status"]["phase"] == "Succeeded" for pod in mine):
             self._condition(job, "Complete", "CompletionsReached", "all pods succeeded")
 
@@ -137,8 +140,8 @@ class LocalJobSet:
             else:
                 self._decided = action
                 counted = f"restart {used + 1} of {maximum}" if action == RESTART else "restart without using the budget"
-                target = next(condition for condition in failed[0]["status"]["conditions"] if condition["type"] == "Failed")
-                self._event(f"jobset/{self._name}", "Restarting", f"{counted}{f' by rule {rule}' if rule else ''}: {target['message']}")
+                words = f"applying {action} failure policy action {first}: {counted}{f' by rule {rule}' if rule else ''}"
+                self._event(f"jobset/{self._name}", f"{action}FailurePolicyAction", words, warning=True)
         elif all(_has(job, "Complete") for job in self.jobs):
             self._finish("Completed", "AllJobsCompleted", "jobset completed successfully")
 

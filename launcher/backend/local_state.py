@@ -60,10 +60,14 @@ class Snapshot:
         return "terminalState" in self.jobset["status"]
 
     @property
-    def status(self) -> JobStatus:
+    def present(self) -> list[Manifest]:
+        """The pods a cluster would still have."""
         attempt = str(self.jobset["status"]["restarts"])
-        present = [p for p in self.pods if p["metadata"]["labels"][RESTART_ATTEMPT_LABEL] == attempt or _alive(p)]
-        return job_status(self.jobset, present, self.jobs)
+        return [p for p in self.pods if p["metadata"]["labels"][RESTART_ATTEMPT_LABEL] == attempt or _alive(p)]
+
+    @property
+    def status(self) -> JobStatus:
+        return job_status(self.jobset, self.present, self.jobs)
 
 
 @dataclass(frozen=True)

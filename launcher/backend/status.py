@@ -6,6 +6,7 @@ backend, which writes such objects itself, needs no second reading of them.
 
 from __future__ import annotations
 
+import getpass
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ RESTART_ATTEMPT_LABEL: Final = "jobset.sigs.k8s.io/restart-attempt"
 COMPLETION_INDEX_LABEL: Final = "batch.kubernetes.io/job-completion-index"
 QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
 RUN_DIRECTORY_ANNOTATION: Final = "nnxlaunch/run-directory"
+SUBMITTED_BY_ANNOTATION: Final = "nnxlaunch/submitted-by"
 
 
 class JobState(StrEnum):
@@ -204,6 +206,14 @@ def _plain(value: Any) -> Any:
 def explain_exit(code: int) -> str:
     """`64 (the config, ... cannot be used)`; signal numbers are named where the contract names them."""
     return f"{code} ({MEANING[code]})" if code in MEANING else str(code)
+
+
+def user() -> str:
+    """Who submits from here: the user name of this machine; empty where it has none, as in a container with a bare number."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):
+        return ""
 
 
 def timestamp(text: Any) -> datetime | None:

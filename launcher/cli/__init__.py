@@ -26,6 +26,8 @@ COMMANDS: Final[dict[str, str]] = {
     "submit": "Start a job from a spec.",
     "status": "Show how a job is doing.",
     "why": "Say what a job waits for or died of, with evidence and what to do.",
+    "events": "Print what the cluster said about a job.",
+    "describe": "Print everything known of a job.",
     "list": "List jobs.",
     "logs": "Print or follow the logs of a job.",
     "wait": "Wait until a job ends; the exit code tells how.",

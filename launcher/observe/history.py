@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import zip_longest
 from typing import Final
 
 from launcher.backend.scene import Scene
@@ -12,10 +13,13 @@ from launcher.backend.status import Event, explain_exit
 from launcher.observe.cause import one_line
 
 _EXITED: Final = re.compile(r"Container \S+ for pod \S+/(?P<pod>\S+) failed with exit code (?P<code>\d+)")
+_ENDED: Final = re.compile(r"pod (?P<pod>\S+) ended with exit code (?P<code>\d+)")  # the local backend says more than a cluster
 _DISRUPTED: Final = re.compile(r"Pod \S+/(?P<pod>\S+) has condition DisruptionTarget")
 _FIRST: Final = re.compile(r"first failed job: (?P<job>[^)\s]+)")
-_PLACE: Final = re.compile(r"-(?P<slice>\d+)-(?P<worker>\d+)-[a-z0-9]{5}$")
+_PLACE: Final = re.compile(r"-(?P<slice>\d+)-(?P<worker>\d+)-[a-z0-9]+$")
 _RESTARTS: Final = re.compile(r"applying (?P<action>RestartJobSet\w*) failure policy action")
+JOB_FAILURES: Final = ("PodFailurePolicy", "BackoffLimitExceeded")
+_PAST: Final = {"Evicted": "evicted", "Preempted": "preempted", "OOMKilling": "killed for its memory"}
 KILLERS: Final = ("Evicted", "Preempted", "TaintManagerEviction", "OOMKilling", "NodeNotReady", "NodeControllerEviction")
 """Reasons of events about a pod that say who ended it."""
 
@@ -38,35 +42,40 @@ class Ended:
 
 def restarts(scene: Scene) -> list[Ended]:
     """Those the cluster still has events of (an hour, by default), the newest first."""
-    failures = scene.said(about="job", reason="PodFailurePolicy")
-    found: list[Ended] = []
-    for event in scene.said(about=f"jobset/{scene.name}"):
-        action = _RESTARTS.search(event.message)
-        if action is None or not event.reason.endswith("FailurePolicyAction"):
-            continue  # each restart has a second event, named after the rule
-        first = _FIRST.search(event.message)
-        job = f"job/{first['job']}" if first else ""
-        cause = next((f for f in failures if f.about == job and f.at and event.at and f.at <= event.at), None)
-        found.append(_ended(scene, event, cause, free="IgnoreMaxRestarts" in action["action"]))
-    return found
+    # Each restart has a second event, named after the rule.
+    decided = [event for event in scene.said(about=f"jobset/{scene.name}") if event.reason.endswith("FailurePolicyAction")]
+    decided = [event for event in decided if _RESTARTS.search(event.message)]
+    return [_ended(scene, event, before) for event, before in zip_longest(decided, decided[1:])]
 
 
-def _ended(scene: Scene, event: Event, cause: Event | None, *, free: bool) -> Ended:
+def _ended(scene: Scene, event: Event, before: Event | None) -> Ended:
+    """From what was said between the restart `before` it and this one."""
+    first = _FIRST.search(event.message)
+    job = first["job"] if first else ""
+    failures = [said for said in scene.said(about=f"job/{job}") if said.reason in JOB_FAILURES and _between(said, before, event)]
+    cause = failures[0] if failures else None
     words = cause.message if cause else ""
-    exited, disrupted = _EXITED.search(words), _DISRUPTED.search(words)
+    exited, disrupted = _EXITED.search(words) or _ENDED.search(words), _DISRUPTED.search(words)
     found = exited or disrupted
-    if cause is None or found is None:
-        return Ended(at=event.at, free=free, exit_code=None, sentence=one_line(words or event.message), evidence=(event,))
-    killers = [said for said in scene.said(about=f"pod/{found['pod']}") if said.reason in KILLERS]
+    pods = f"pod/{found['pod']}" if found else f"pod/{job}-"
+    said = [said for said in scene.said(about="pod") if said.reason in KILLERS and said.about.startswith(pods)]
+    killers = [killer for killer in said if _between(killer, before, event)]
     code = int(exited["code"]) if exited else None
-    who = where(found["pod"])
     if killers:
-        sentence = f"{who} was {killers[0].reason.lower()}: {one_line(killers[0].message)}"
-    elif code is not None:
-        sentence = f"{who} exited with {explain_exit(code)}"
+        who = where(killers[-1].about.partition("/")[2])
+        sentence = f"{who} was {_PAST.get(killers[-1].reason, 'taken away')}: {one_line(killers[-1].message)}"
+    elif found and code is not None:
+        sentence = f"{where(found['pod'])} exited with {explain_exit(code)}"
+    elif found:
+        sentence = f"{where(found['pod'])} was taken away (drain, eviction, preemption or a deleted node)"
     else:
-        sentence = f"{who} was taken away (drain, eviction, preemption or a deleted node)"
-    return Ended(at=event.at, free=free, exit_code=code, sentence=sentence, evidence=(*killers, cause, event))
+        sentence = f"{job or 'a slice'} failed with a code that counts against the budget, and the cluster keeps no more of a replaced pod"
+    free = "IgnoreMaxRestarts" in event.message
+    return Ended(at=event.at, free=free, exit_code=code, sentence=sentence, evidence=(*killers[-1:], *failures[:1], event))
+
+
+def _between(said: Event, before: Event | None, event: Event) -> bool:
+    return bool(said.at and event.at and said.at <= event.at and (before is None or before.at is None or said.at > before.at))
 
 
 def where(pod: str) -> str:

@@ -1,10 +1,12 @@
-"""How far a run has come, from the record the trainer keeps in its run directory."""
+"""How far a run has come: from the record in its run directory where this machine has it, else from the log of process 0."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, cast
@@ -12,13 +14,18 @@ from typing import Any, Final, cast
 from trainer.contract import METRICS_FILE, METRICS_FOLDER
 
 TAIL_BYTES: Final = 256 * 1024
+COMMITTED: Final = "checkpoint committed"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    done: int  # finished steps
-    loss: float | None  # of the last one
-    at: datetime
+    done: int | None = None  # finished steps
+    total: int | None = None
+    loss: float | None = None  # of the last one
+    step_seconds: float | None = None
+    at: datetime | None = None  # when it was told
+    checkpoint: int | None = None  # the last committed one that is on record
+    checkpoint_at: datetime | None = None
 
 
 def last_progress(run_directory: str) -> Progress | None:
@@ -28,19 +35,52 @@ def last_progress(run_directory: str) -> Progress | None:
     try:
         with open(Path(run_directory, METRICS_FOLDER, METRICS_FILE), "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
-            lines = file.read().splitlines()
+            records = [_record(line) for line in file.read().splitlines()]
     except OSError:
         return None
-    for line in reversed(lines):
-        record = _record(line)
+    found = Progress()
+    for record in records:
+        at = datetime.fromtimestamp(float(record.get("time", 0)), UTC)
         if record.get("kind") == "step" and isinstance(record.get("done"), int):
-            loss = record.get("loss")
-            return Progress(
-                done=record["done"],
-                loss=float(loss) if isinstance(loss, int | float | str) else None,
-                at=datetime.fromtimestamp(float(record.get("time", 0)), UTC),
+            loss, seconds = record.get("loss"), record.get("step_seconds", found.step_seconds)
+            known = float(loss) if isinstance(loss, int | float | str) else None
+            found = replace(found, done=record["done"], loss=known, step_seconds=seconds, at=at)
+        elif record.get("event") == COMMITTED and isinstance(record.get("step"), int):
+            found = replace(found, checkpoint=record["step"], checkpoint_at=at)
+    return None if found == Progress() else found
+
+
+_STEP: Final = re.compile(r"\[ *(?P<done>\d+)/(?P<total>\d+)\]  loss (?P<loss>\S+)(?:.*?  (?P<time>[\d.]+) (?P<unit>ms|s)/step)?")
+_COMMIT: Final = re.compile(rf"{COMMITTED}: step (?P<step>\d+)")
+
+
+def progress_in(log: Sequence[str]) -> Progress | None:
+    """The newest step in lines of a log, each after its time (RFC 3339) and a space; None where there is none."""
+    found = Progress()
+    for line in log:
+        stamp, _, text = line.partition(" ")
+        if step := _STEP.match(text):
+            seconds = float(step["time"]) / (1000 if step["unit"] == "ms" else 1) if step["time"] else found.step_seconds
+            found = replace(
+                found, done=int(step["done"]), total=int(step["total"]), loss=_number(step["loss"]), step_seconds=seconds, at=_time(stamp)
             )
-    return None
+        elif commit := _COMMIT.match(text):
+            found = replace(found, checkpoint=int(commit["step"]), checkpoint_at=_time(stamp))
+    return None if found == Progress() else found
+
+
+def _time(stamp: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(stamp)
+    except ValueError:
+        return None
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _record(line: bytes) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from launcher.backend.scene import Scene
 from launcher.backend.status import JobState, explain_exit
 from launcher.backend.values import items, mapping
 from launcher.observe.cause import Cause, Pod, condition_line, counted, named, one_line, pods_of, said_by
-from launcher.observe.history import KILLERS, Ended, restarts
+from launcher.observe.history import JOB_FAILURES, KILLERS, Ended, restarts
 from trainer.contract import FATAL_EXIT_CODES, Exit
 
 LOOP: Final = 3
@@ -34,7 +34,7 @@ def failed(scene: Scene) -> Cause:
     evidence = (
         *((_last_words(pod),) if pod else ()),
         *((f"jobset/{scene.name}: {ending.reason}: {one_line(ending.message)}",) if ending else ()),
-        *said_by(*scene.said(about="job", reason="PodFailurePolicy")[:2]),
+        *said_by(*[event for event in scene.said(about="job") if event.reason in JOB_FAILURES][:2]),
     )
     logs = _logs(scene, pod)
     out_of_budget = bool(ending and ending.reason == "ReachedMaxRestarts")
@@ -96,9 +96,10 @@ def looping(scene: Scene) -> Iterator[Cause]:
         )
         return
     budget = f"{status.restarts_used} of {status.restarts_max} used"
+    present = _how(_culprit(scene))
     yield Cause(
         code="crash-loop",
-        sentence=f"crash loop: restarted {status.attempt} times ({budget}); last: {last.sentence}",
+        sentence=f"crash loop: restarted {status.attempt} times ({budget}); {f'now {present}' if present else f'last: {last.sentence}'}",
         fix=f"{logs}; nnxlaunch cancel {scene.name} stops it, its checkpoints stay",
         evidence=said_by(*last.evidence),
     )

@@ -545,7 +545,7 @@ def restart_waits_for_grace(ns: str) -> list[Step]:
 
 @situation("crash-loop", "134", "restarted", fix="--previous")
 def crash_loop(ns: str) -> list[Step]:
-    return once(*job(ns, ends("sys.exit(134)"), failure={"max_restarts": 40}), until=('"restarts": 3',))
+    return once(*job(ns, ends("sys.exit(134)"), failure={"max_restarts": 40}), until=('"restarts": 3', '"exitCode": 134'))
 
 
 @situation("free-restarts", "75", "free", fix="--previous")

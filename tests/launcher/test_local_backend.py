@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import signal
@@ -87,7 +88,8 @@ def test_preemption_is_free_a_crash_is_counted_and_the_logs_of_all_attempts_can_
     status = last(backend)
     assert (status.state, status.attempt, status.restarts_used, status.restarts_free) == (JobState.COMPLETED, 2, 1, 1)
     assert {(2, 0, "attempt 2"), (2, 1, "attempt 2")} <= followed and {attempt for attempt, _, _ in followed} == {0, 1, 2}
-    assert [event.reason for event in backend.events("job")].count("Restarting") == 2
+    restarts = [event.reason for event in backend.events("job") if event.reason.endswith("FailurePolicyAction")]
+    assert restarts == ["RestartJobSetAndIgnoreMaxRestartsFailurePolicyAction", "RestartJobSetFailurePolicyAction"]
     assert command("wait", "job") == 0
 
 
@@ -107,8 +109,21 @@ def test_an_exhausted_budget_is_a_failure_with_its_cause(backend: LocalBackend, 
     assert command("status", "job", "--output", "json") == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["state"], shown["reason"], shown["restarts_used"], shown["attempt"]) == ("failed", "ReachedMaxRestarts", 1, 1)
+    assert (shown["cause"]["code"], shown["hosts_ready"]) == ("budget-used", 0)
     assert command("status", "job") == 0
-    assert "1 of 1 used" in capsys.readouterr().out
+    assert "1 of 1 restarts used" in capsys.readouterr().out
+    assert command("status", "job", "--watch") == 0
+    assert capsys.readouterr().out.startswith("job: failed, 0/1 hosts ready, attempt 1, slice 0, worker 0 exited with 139")
+    assert command("why", "job") == 0
+    assert "the restart budget (1) is used up after 1 counted restart [budget-used]" in capsys.readouterr().out
+    assert command("describe", "job") == 0
+    assert "counted  slice 0, worker 0 exited with 139 (segmentation fault)" in capsys.readouterr().out
+    assert command("events", "job", "-o", "json") == 0
+    assert json.loads(capsys.readouterr().out)[-1]["warning"]
+    assert command("list", "-o", "wide", "--mine", "--state", "failed") == 0
+    assert getpass.getuser() in capsys.readouterr().out.splitlines()[1]
+    assert command("list", "--state", "running") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 def test_cancel_leaves_no_process_not_even_one_that_left_its_session(backend: LocalBackend, tmp_path: Path) -> None:
