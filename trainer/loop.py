@@ -14,6 +14,7 @@ from trainer.config.train import TrainConfig
 from trainer.errors import NumericsError, Preempted
 from trainer.loss import LossSums
 from trainer.observe import Profiler, Reporter
+from trainer.silent import SilentTerms
 from trainer.state import state_items
 from trainer.step import Batch, TrainStep
 
@@ -29,6 +30,7 @@ class Loop:
     meta: Callable[[int], Mapping[str, Any]]
     """What the checkpoint of a number of finished steps says of itself."""
     reporter: Reporter
+    silent_terms: SilentTerms
     profiler: Profiler
     preemption_requested: Callable[[int], bool]
     """Agreed on all processes; asked once a step."""
@@ -43,7 +45,9 @@ class Loop:
         for n, batch in batches:
             self.profiler.before(n)
             state, metrics = self.train_step(state, batch)
-            self._require_finite(self.reporter.step(n, metrics))
+            previous = self.reporter.step(n, metrics)
+            self._require_finite(previous)
+            self.silent_terms.step(n, state, batch, previous)
             if evaluation:
                 self.reporter.eval(*evaluation)
                 evaluation = None

@@ -29,8 +29,9 @@ from trainer.loss import LossSums
 from trainer.observe import Profiler, Reporter, enable_compile_cache, make_header
 from trainer.parallel.compiler import check_options
 from trainer.parallel.sharding import Layout
+from trainer.silent import SilentTerms
 from trainer.state import StateSpec, describe_state, initial_state, state_from_items, state_items
-from trainer.step import Batch, EvalStep, TrainStep, make_eval_step, make_train_step
+from trainer.step import Batch, EvalStep, TrainStep, make_eval_step, make_term_probe, make_train_step
 
 DATA_DEADLINE_SECONDS: Final = 3600
 """How long the processes wait for the one that is last to prepare its data."""
@@ -73,6 +74,7 @@ def run(config: TrainConfig) -> Exit:
             checkpoints=checkpoints,
             meta=meta,
             reporter=reporter,
+            silent_terms=SilentTerms(config, make_term_probe(config, spec, layout), reporter),
             profiler=profiler,
             preemption_requested=distributed.preemption_requested,
         )

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from trainer.config.terms import Term, model_terms
+from trainer.config.terms import Term, loss_terms, model_terms
 from trainer.config.train import TrainConfig
 from trainer.ledger import Batch, Forward, Statistics, counts_of, forward_sums, ledger_metrics, mean_loss
 from trainer.loss import LossSums
 from trainer.optim import build_schedule
 from trainer.parallel.compiler import compiler_options
 from trainer.parallel.sharding import Layout, constrain, use_layout
+from trainer.silent import TermProbe
 from trainer.state import StateSpec, gathered
 
 Metrics = dict[str, jax.Array]
@@ -75,6 +76,34 @@ def make_eval_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> Eval
             return sums + forward_sums(config, _forward(nnx.merge(model_def, gathered(config, params)), batch), batch, terms)
 
     return jax.jit(eval_step, donate_argnums=1, out_shardings=layout.replicated)
+
+
+def make_term_probe(config: TrainConfig, spec: StateSpec, layout: Layout) -> TermProbe:
+    """The jitted `(state, batch, number) -> {value, tokens, gradient_norm}` of one term of `loss_terms`, before its weight.
+
+    Measured on the first microbatch, by the parameters that are trained; `tokens` is what the term's sum was divided by.
+    One term at a time, so that it needs no more memory than the training step.
+    """
+    terms, model = loss_terms(config), model_terms(config)
+
+    def term_probe(state: nnx.State, batch: Batch, number: jax.Array) -> Metrics:
+        with use_layout(layout):
+            model_def, *parts = nnx.split(nnx.merge(spec.graphdef, state).model, spec.trained, ...)
+            params, rest = (gathered(config, part) for part in parts)
+            count = config.batch.accumulation
+            microbatch = jax.tree.map(lambda rows: rows[0], _microbatches(batch, count)) if count > 1 else batch
+            counts = counts_of(microbatch, terms)
+
+            def value(params: nnx.State) -> jax.Array:
+                found = _forward(nnx.merge(model_def, params, rest), microbatch)
+                ledger = ledger_metrics(config, forward_sums(config, found, microbatch, model), model)
+                return jnp.stack([ledger[term.name] for term in terms])[number]
+
+            found, gradients = jax.value_and_grad(value)(params)
+            tokens = jnp.stack([counts[term.counts] for term in terms])[number]
+            return {"value": found, "tokens": tokens, "gradient_norm": optax.tree.norm(gradients)}
+
+    return jax.jit(term_probe, out_shardings=layout.replicated)
 
 
 def accumulate(

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainer.config import TrainConfig
-from trainer.config.layouts import batch_shards, length_shards, weight_layouts
+from trainer.config.layouts import batch_shards, length_shards, stored_layout, weight_layouts
 from trainer.config.model import Block, Model, Segment
 from trainer.config.rules import shard_elements
+from trainer.config.treatment import DTYPE_BYTES, trained, treatments
 from trainer.config.weights import weights
 
 FLOAT32 = 4
@@ -54,12 +55,29 @@ def device_memory(config: TrainConfig, mesh: Mapping[str, int]) -> Memory:
             working = max(working, 2 * everything + _layer_weights(model, block) // tensor * width_bytes)
     return Memory(
         parameters=kept,
-        optimizer=2 * kept,
-        gradients=kept * (2 if config.batch.accumulation > 1 else 1),
+        optimizer=optimizer_bytes(config, mesh),
+        gradients=gradient_bytes(config, mesh),
         saved_activations=saved,
         layer_at_work=working,
         logits=2 * FLOAT32 * tokens * math.ceil(model.vocab_size / tensor),
     )
+
+
+def optimizer_bytes(config: TrainConfig, mesh: Mapping[str, int]) -> int:
+    """What the optimizer keeps for the weights: every tensor it declares, laid out as it is stored."""
+    found = 0
+    for treatment in treatments(config.optimizer, (weight for weight, _ in weight_layouts(config, mesh))):
+        for moment in treatment.moments:
+            layout = stored_layout(config.sharding, moment.axes, moment.shape, treatment.weight.path, mesh)
+            found += DTYPE_BYTES[moment.dtype] * shard_elements(moment.shape, layout, mesh)
+    return found
+
+
+def gradient_bytes(config: TrainConfig, mesh: Mapping[str, int]) -> int:
+    """Of the weights that are trained: as the backward pass hands them over, and their float32 sum over microbatches."""
+    layouts = dict(weight_layouts(config, mesh))
+    elements = sum(shard_elements(one.weight.shape, layouts[one.weight], mesh) for one in trained(treatments(config.optimizer, layouts)))
+    return elements * (DTYPE_BYTES[config.optimizer.gradient_dtype] + (FLOAT32 if config.batch.accumulation > 1 else 0))
 
 
 def _saved_per_token(model: Model, block: Block, length: int, tensor: int) -> int:

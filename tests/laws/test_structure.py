@@ -25,6 +25,7 @@ TRAINER_LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainer.run", "trainer.decode"),
     ("trainer.loop", "trainer.aot"),
     ("trainer.step", "trainer.feed"),
+    ("trainer.silent",),
     ("trainer.ledger",),
     ("trainer.observe", "trainer.distributed", "trainer.parent", "trainer.attempts", "trainer.data"),
     ("trainer.checkpoint",),

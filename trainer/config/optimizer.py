@@ -148,8 +148,8 @@ class Loss(Node):
     router_z_loss_weight: NonNegativeFloat = 0.0
     """Of a mixture of experts: weight of log(sum_e exp(logit_e))^2 (Zoph et al. 2022), mean over the mixture layers."""
     silent_term_steps: PositiveInt = 100
-    """An enabled term that is exactly zero, or has no gradient, for so many steps is an error event. Gradient norms of
-    single terms are measured on one microbatch at the first step of an attempt and every so many steps."""
+    """An enabled term that is exactly zero for so many steps is an error event. Every so many steps each term's gradient
+    norm is measured on one microbatch and logged; a norm of zero is an error event too."""
 
 
 __all__ = [
