@@ -8,6 +8,7 @@ from typing import Final
 
 from launcher.backend.kubernetes_api import EVENT, JOB, JOBSET, POD, Api, Patience, Resource
 from launcher.backend.kubernetes_control import hold, let_go
+from launcher.backend.kubernetes_doctor import Doctor
 from launcher.backend.kubernetes_errors import TemporarilyUnavailable
 from launcher.backend.kubernetes_login import log_in
 from launcher.backend.kubernetes_logs import LOOK_SECONDS, PATIENCE_SECONDS, Selection, follow_logs, read_logs
@@ -17,7 +18,9 @@ from launcher.backend.kubernetes_submit import Submission
 from launcher.backend.scene import Scene, event_of, own_events
 from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Event, JobState, JobStatus, LogLine, Manifest, job_status
 from launcher.backend.values import mapping
+from launcher.doctor import Finding
 from launcher.errors import NotFound, Unavailable
+from launcher.spec import JobSpec
 
 MANAGED_BY: Final = "app.kubernetes.io/managed-by=nnxlaunch"
 
@@ -120,6 +123,10 @@ class KubernetesBackend:
 
     def events(self, name: str) -> Sequence[Event]:
         return [event_of(raw) for raw in own_events(self._jobset(name), self._api.list(EVENT, self.namespace))]
+
+    def examine(self, spec: JobSpec | None) -> Iterator[Finding]:
+        """What stands between this namespace and a job; creates nothing."""
+        return Doctor(self._api, self.namespace, spec).examine()
 
     def scene(self, name: str) -> Scene:
         return self._scenes.read(self._jobset(name))

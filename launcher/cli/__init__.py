@@ -36,6 +36,7 @@ COMMANDS: Final[dict[str, str]] = {
     "suspend": "Stop a job's pods and keep the job.",
     "resume": "Let a suspended job go on.",
     "restart": "Stop all pods of a job and start them again.",
+    "doctor": "Check that a cluster can run jobs; name what repairs it.",
     "image": "Build or push the trainer image.",
     "data": "Prepare the tokenised, packed data cache.",
     "compile": "Compile the train step for hardware that is not here: memory, collectives, bounds.",

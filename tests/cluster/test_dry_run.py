@@ -72,7 +72,7 @@ def test_every_valid_spec_is_accepted(backend: KubernetesBackend, open_namespace
     must_be_accepted(spec, backend, open_namespace)
 
 
-@pytest.mark.parametrize("name", ["namespace", "role", "queue"])
+@pytest.mark.parametrize("name", ["namespace", "role", "view", "queue"])
 def test_what_an_administrator_applies_is_accepted(namespace: str, name: str) -> None:
     text = (EXAMPLES.parent / "cluster" / f"{name}.yaml").read_text().replace("namespace: train", f"namespace: {namespace}")
     kubectl("-n", namespace, "apply", "--dry-run=server", "-f", "-", stdin=text)

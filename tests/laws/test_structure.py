@@ -17,6 +17,7 @@ TRAINER_LAYERS: tuple[tuple[str, ...], ...] = (
         "trainer.__main__",
         "trainer.worker",
         "trainer.smoke",
+        "trainer.probe",
         "trainer.export",
         "trainer.data.__main__",
         "trainer.decode.__main__",
@@ -39,6 +40,7 @@ TRAINER_LAYERS: tuple[tuple[str, ...], ...] = (
 LAUNCHER_LAYERS: tuple[tuple[str, ...], ...] = (
     ("launcher.cli", "launcher.__main__"),
     ("launcher.backend", "launcher.observe", "launcher.image", "launcher.explain"),
+    ("launcher.doctor",),
     ("launcher.manifest", "launcher.checks"),
     ("launcher.spec",),
     ("launcher.tpu",),
