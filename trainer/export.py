@@ -15,9 +15,11 @@ from typing import Any, Final
 from etils import epath
 
 from trainer.checkpoint.commit import META_FILE, Damaged, checkpoint_directory, inspect, read_commit, verify_contents
+from trainer.checkpoint.layout import Leaf, Move, Same, plan, shorten
 from trainer.checkpoint.storage import Storage, open_storage
 from trainer.config import ConfigError, TrainConfig, validate
 from trainer.config.data import HuggingFaceTokenizer, SentencePiece
+from trainer.config.model import Model
 from trainer.config.weights import parameter_count, weights
 from trainer.contract import Exit
 from trainer.errors import CheckpointError, TrainerError
@@ -39,7 +41,6 @@ def export(run_directory: str, out: str, *, step: int | None = None, dtype: str 
     """
     from trainer.checkpoint.arrays import read
     from trainer.checkpoint.huggingface import export_huggingface
-    from trainer.checkpoint.layout import Same
 
     target = epath.Path(out)
     if target.exists() and any(target.iterdir()):
@@ -48,12 +49,14 @@ def export(run_directory: str, out: str, *, step: int | None = None, dtype: str 
     step = _verified_step(storage, step)
     meta = json.loads(storage.read(f"{step}/{META_FILE}"))
     config = validate(TrainConfig, meta["run"]["config"])
-    abstract = _abstract(config, meta["items"][PARAMS])
+    # All repeats of a weight together, whatever form they were saved in.
+    model = config.model.model_copy(update={"layers": "scan"})
+    abstract, moves = _stacked(model, meta["items"][PARAMS])
     folder = f"{storage.root}/{step}/{PARAMS}"
     original, companions = _companions(config)
     export_huggingface(
-        lambda path: read(folder, (Same(path),), {path: abstract[path]})[path],
-        config.model,
+        lambda path: read(folder, (moves[path],), {path: abstract[path]})[path],
+        model,
         out,
         max_positions=config.batch.sequence_length,
         dtype=dtype,
@@ -107,16 +110,20 @@ def _verified_step(storage: Storage, step: int | None) -> int:
     return step
 
 
-def _abstract(config: TrainConfig, saved: dict[str, Any]) -> dict[str, Any]:
-    """The saved parameters, which must be those of the saved config."""
+def _stacked(model: Model, saved: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Move]]:
+    """The parameters of `model` by path, and how each is made of the saved ones, which must be those of the saved config."""
     import jax
+    import jax.numpy as jnp
 
-    declared = {weight.path: weight.shape for weight in weights(config.model)}
-    found = {path: tuple(leaf["shape"]) for path, leaf in saved.items()}
-    if declared != found:
-        unlike = sorted(path for path in declared.keys() | found.keys() if declared.get(path) != found.get(path))
-        raise CheckpointError(f"the checkpoint's parameters are not those of its config: {', '.join(unlike[:5])}")
-    return {path: jax.ShapeDtypeStruct(tuple(leaf["shape"]), leaf["dtype"]) for path, leaf in saved.items()}
+    declared = {weight.path: weight.shape for weight in weights(model)}
+    found = plan(
+        {path: Leaf(tuple(leaf["shape"]), leaf["dtype"]) for path, leaf in saved.items()},
+        {path: Leaf(shape, "float32") for path, shape in declared.items()},
+    )
+    if found.problems:
+        raise CheckpointError(f"the checkpoint's parameters are not those of its config:\n{shorten(list(found.problems))}")
+    moves = {move.path if isinstance(move, Same) else move.targets[0].path: move for move in found.moves}
+    return {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in declared.items()}, moves
 
 
 def _companions(config: TrainConfig) -> tuple[dict[str, Any] | None, dict[str, str]]:

@@ -104,7 +104,8 @@ def _first_state(config: TrainConfig, spec: StateSpec, checkpoints: Checkpoints,
         return initial_state(config, spec)
     from trainer.checkpoint.huggingface import load_huggingface
 
-    return initial_state(config, spec, load_huggingface(config.checkpoint.start_from, state_items(spec.abstract)["params"], config.model))
+    abstract = state_items(spec.abstract)["params"]
+    return initial_state(config, spec, load_huggingface(config.checkpoint.start_from, abstract, config.model, spec.pipeline))
 
 
 def _batches(config: TrainConfig, data: Data, layout: Layout, begin: int) -> Iterator[tuple[int, Batch]]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from trainer.config.pipeline import PipelinePlan, plan_pipeline
 from trainer.config.train import TrainConfig
 from trainer.config.treatment import treatments
 from trainer.config.weights import weights
@@ -45,18 +46,21 @@ class StateSpec:
     shardings: nnx.State  # leaves NamedSharding
     trained: nnx.filterlib.Filter = nnx.Param
     """Selects the parameters that are not frozen, out of the model and its parts of the state."""
+    pipeline: PipelinePlan | None = None
+    """How the model's layers are laid out, where some of them are pipelined."""
 
 
 def describe_state(config: TrainConfig, layout: Layout) -> StateSpec:
     """Structure, shapes, dtypes and shardings of the state; nothing is computed or allocated."""
     graphdefs: list[nnx.GraphDef[TrainState]] = []
+    pipeline = plan_pipeline(config, layout.mesh.shape)
 
     def build(params: nnx.State) -> nnx.State:
-        graphdef, state = nnx.split(_train_state(config, nnx.merge(model_def, params)))
+        graphdef, state = nnx.split(_train_state(config, nnx.merge(model_def, params), pipeline))
         graphdefs.append(graphdef)
         return state
 
-    model_def, params = nnx.split(create_abstract_model(config.model), nnx.Param)
+    model_def, params = nnx.split(create_abstract_model(config.model, pipeline), nnx.Param)
     abstract = jax.eval_shape(build, params)
     flat = nnx.to_flat_state(abstract)
     shardings = [(path, variable.replace(_sharding(variable, layout))) for path, variable in flat]
@@ -64,8 +68,8 @@ def describe_state(config: TrainConfig, layout: Layout) -> StateSpec:
         (path, variable.replace(jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding.get_value())))
         for (path, variable), (_, sharding) in zip(flat, shardings, strict=True)
     ]
-    wrt = trained(config, nnx.merge(model_def, params))
-    return StateSpec(graphdefs[0], nnx.from_flat_state(placed), nnx.from_flat_state(shardings), wrt)
+    wrt = trained(config, nnx.merge(model_def, params), pipeline)
+    return StateSpec(graphdefs[0], nnx.from_flat_state(placed), nnx.from_flat_state(shardings), wrt, pipeline)
 
 
 def initial_state(config: TrainConfig, spec: StateSpec, parameters: Mapping[str, jax.Array] | None = None) -> nnx.State:
@@ -76,19 +80,19 @@ def initial_state(config: TrainConfig, spec: StateSpec, parameters: Mapping[str,
     """
 
     def assemble(values: Mapping[str, jax.Array]) -> nnx.State:
-        model_def, abstract = nnx.split(create_abstract_model(config.model), nnx.Param)
+        model_def, abstract = nnx.split(create_abstract_model(config.model, spec.pipeline), nnx.Param)
         params = [(path, variable.replace(values[join_path(path)])) for path, variable in nnx.to_flat_state(abstract)]
-        return nnx.split(_train_state(config, nnx.merge(model_def, nnx.from_flat_state(params))))[1]
+        return nnx.split(_train_state(config, nnx.merge(model_def, nnx.from_flat_state(params)), spec.pipeline))[1]
 
     def init(keys: Mapping[str, jax.Array]) -> nnx.State:
-        return assemble(initial_parameters(config.model, keys))
+        return assemble(initial_parameters(config.model, keys, spec.pipeline))
 
     if parameters is not None:
         return jax.jit(assemble, donate_argnums=0, out_shardings=spec.shardings)(dict(parameters))
     # Keys are arguments: as constants, the compiler would evaluate all random bits by itself, slowly. The program
     # runs once and its arithmetic is exact, so on a CPU it is compiled with little optimisation: a quarter of the time.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-    return jax.jit(init, out_shardings=spec.shardings, compiler_options=options)(initial_keys(config.model, config.seed))
+    return jax.jit(init, out_shardings=spec.shardings, compiler_options=options)(initial_keys(config.model, config.seed, spec.pipeline))
 
 
 def state_items(state: nnx.State) -> Items:
@@ -121,18 +125,19 @@ def _address(path: tuple[Any, ...]) -> tuple[str, str]:
             return "rest", join_path(path)
 
 
-def _train_state(config: TrainConfig, model: nnx.Module) -> TrainState:
-    treated = {treatment.weight.path: treatment for treatment in treatments(config.optimizer, weights(config.model))}
-    wrt = trained(config, model)
+def _train_state(config: TrainConfig, model: nnx.Module, pipeline: PipelinePlan | None) -> TrainState:
+    treated = {treatment.weight.path: treatment for treatment in treatments(config.optimizer, weights(config.model, pipeline))}
+    wrt = trained(config, model, pipeline)
     mine = [treated[join_path(path)] for path, _ in nnx.to_flat_state(nnx.state(model, wrt))]
     tx = build_optimizer(config.optimizer, build_schedule(config.schedule, config.steps), mine)
     key = jax.random.key_data(random_key(config.seed))
     return TrainState(model, nnx.Optimizer(model, tx, wrt=wrt), key)
 
 
-def trained(config: TrainConfig, model: nnx.Module) -> nnx.filterlib.Filter:
+def trained(config: TrainConfig, model: nnx.Module, pipeline: PipelinePlan | None) -> nnx.filterlib.Filter:
     """Selects the parameters of `model` that are not frozen."""
-    frozen = {treatment.weight.path for treatment in treatments(config.optimizer, weights(config.model)) if treatment.frozen}
+    declared = weights(config.model, pipeline)
+    frozen = {treatment.weight.path for treatment in treatments(config.optimizer, declared) if treatment.frozen}
     if not frozen:
         return nnx.Param
     return nnx.All(nnx.Param, lambda path, _: join_path(path) not in frozen)

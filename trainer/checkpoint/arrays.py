@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from trainer.checkpoint.layout import Leaf, Move, Same, Stack, Unstack
+from trainer.checkpoint.layout import Leaf, Move, Part, Regroup, Same
 
 if TYPE_CHECKING:
     from orbax.checkpoint import PyTreeCheckpointHandler
@@ -109,33 +109,40 @@ def read(folder: str, moves: tuple[Move, ...], wanted: AbstractItem) -> dict[str
         match move:
             case Same():
                 pass
-            case Unstack(source, targets):
-                found |= zip(targets, _unstacked(folder, source, [wanted[target] for target in targets]), strict=True)
-            case Stack(sources, target):
-                found[target] = _stacked(folder, sources, wanted[target])
+            case Regroup(sources, targets):
+                found |= _regrouped(folder, sources, [wanted[target.path] for target in targets], targets)
     return found
 
 
-def _unstacked(folder: str, source: str, wanted: list[jax.ShapeDtypeStruct]) -> tuple[jax.Array, ...]:
-    first, count = wanted[0], len(wanted)
-    whole = jax.ShapeDtypeStruct((count, *first.shape), first.dtype, sharding=_with_leading_dim(first.sharding))
-    shardings = tuple(leaf.sharding for leaf in wanted)
-    split = jax.jit(lambda stacked: tuple(stacked[repeat] for repeat in range(count)), out_shardings=shardings)
-    return split(_read(folder, {source: whole})[source])
+def _regrouped(
+    folder: str, sources: tuple[Part, ...], leaves: list[jax.ShapeDtypeStruct], targets: tuple[Part, ...]
+) -> dict[str, jax.Array]:
+    """All parts of one weight. Nothing is computed: dims are joined and split."""
+    parts = _read(folder, {part.path: _read_as(part, leaves[0], targets[0]) for part in sources})
+    last = [sum(target.repeats for target in targets[: n + 1]) for n in range(len(targets))]
+
+    def regroup(parts: list[jax.Array]) -> tuple[jax.Array, ...]:
+        joined = [array.reshape(part.repeats, *part.layer_shape) for array, part in zip(parts, sources, strict=True)]
+        whole = joined[0] if len(joined) == 1 else jnp.concatenate(joined)
+        cuts = [whole[end - target.repeats : end] for end, target in zip(last, targets, strict=True)]
+        return tuple(cut.reshape(target.shape) for cut, target in zip(cuts, targets, strict=True))
+
+    placed = jax.jit(regroup, out_shardings=tuple(leaf.sharding for leaf in leaves))([parts[part.path] for part in sources])
+    return {target.path: array for target, array in zip(targets, placed, strict=True)}
 
 
-def _stacked(folder: str, sources: tuple[str, ...], wanted: jax.ShapeDtypeStruct) -> jax.Array:
-    part = jax.ShapeDtypeStruct(wanted.shape[1:], wanted.dtype, sharding=_without_leading_dim(wanted.sharding))
-    parts = _read(folder, dict.fromkeys(sources, part))
-    return jax.jit(lambda parts: jnp.stack(parts), out_shardings=wanted.sharding)([parts[source] for source in sources])
-
-
-def _with_leading_dim(sharding: Any) -> Any:
-    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec)) if isinstance(sharding, NamedSharding) else sharding
-
-
-def _without_leading_dim(sharding: Any) -> Any:
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])) if isinstance(sharding, NamedSharding) else sharding
+def _read_as(part: Part, leaf: jax.ShapeDtypeStruct, target: Part) -> jax.ShapeDtypeStruct:
+    """How a saved part is read: each layer laid out as in `leaf`; over the stages of a pipeline that takes it, layers are split too."""
+    sharding = leaf.sharding
+    if isinstance(sharding, NamedSharding):
+        spec = [*sharding.spec, *[None] * (len(target.shape) - len(sharding.spec))]
+        split: list[Any] = [None] * part.layer_dims
+        stage = spec[1] if target.layer_dims == 3 else None
+        dim = 1 if part.layer_dims == 3 else 0
+        if stage is not None and split and part.shape[dim] % sharding.mesh.shape["stage"] == 0:
+            split[dim] = "stage"
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*split, *spec[target.layer_dims :]))
+    return jax.ShapeDtypeStruct(part.shape, leaf.dtype, sharding=sharding)
 
 
 def _read(folder: str, wanted: AbstractItem) -> dict[str, jax.Array]:

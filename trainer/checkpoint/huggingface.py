@@ -23,7 +23,8 @@ from trainer.checkpoint.huggingface_families import BLOCK_PREFIX, BLOCK_TENSORS,
 from trainer.checkpoint.huggingface_files import CONFIG_FILE, DTYPES, SafetensorsFolder, write_safetensors
 from trainer.config.base import near_miss
 from trainer.config.model import Model
-from trainer.config.weights import Weight, split_repeat, weights
+from trainer.config.pipeline import PipelinePlan
+from trainer.config.weights import Weight, stacked_path, weights
 from trainer.errors import CheckpointError
 
 MAX_FILE_BYTES: Final = 5_000_000_000  # what transformers writes
@@ -59,23 +60,25 @@ class Source:
         return values.reshape(self.shape)
 
 
-def sources(model: Model) -> dict[str, tuple[Source, ...]]:
+def sources(model: Model, pipeline: PipelinePlan | None = None) -> dict[str, tuple[Source, ...]]:
     """Their tensors for each of our weights, by path: one, or one for each stacked layer."""
     first_layer: list[int] = [0]
     for segment in model.segments:
         first_layer.append(first_layer[-1] + len(segment.pattern) * segment.repeats)
-    return {weight.path: tuple(_sources(weight, model, first_layer)) for weight in weights(model)}
+    return {weight.path: tuple(_sources(weight, model, first_layer)) for weight in weights(model, pipeline)}
 
 
-def load_huggingface(folder: str, abstract: Mapping[str, jax.ShapeDtypeStruct], model: Model) -> dict[str, jax.Array]:
-    """Parameters of `model` by path from a safetensors folder, local or gs://, each with the dtype and sharding of its abstract leaf.
+def load_huggingface(
+    folder: str, abstract: Mapping[str, jax.ShapeDtypeStruct], model: Model, pipeline: PipelinePlan | None = None
+) -> dict[str, jax.Array]:
+    """Parameters of `model`, laid out as `pipeline` says, by path from a safetensors folder, local or gs://, each with the dtype and sharding of its abstract leaf.
 
     A process reads the rows its own devices need, one weight at a time. Raises CheckpointError that names every
     tensor which is missing, unknown, or of another shape or dtype, and every field in which config.json differs
     from `model`.
     """
     with SafetensorsFolder(folder) as files:
-        table = sources(model)
+        table = sources(model, pipeline)
         if problems := list(_problems(files, table, model)):
             raise CheckpointError(
                 f"{folder} does not fit this model:\n" + "\n".join(f"  {problem}" for problem in problems),
@@ -130,7 +133,7 @@ def export_huggingface(
 
 
 def _sources(weight: Weight, model: Model, first_layer: list[int]) -> Iterator[Source]:
-    path, repeat = split_repeat(weight.path)
+    path = stacked_path(weight.path)
     parts = path.split("/", 3)
     inputs = 0 if path in UNTRANSPOSED else weight.inputs
     ours = weight.layer_shape
@@ -140,7 +143,7 @@ def _sources(weight: Weight, model: Model, first_layer: list[int]) -> Iterator[S
         return
     segment, position = int(parts[1]), int(parts[2])
     pattern = len(model.segments[segment].pattern)
-    for turn in range(weight.shape[0]) if weight.layer_dims else (repeat or 0,):
+    for turn in range(weight.first_repeat, weight.first_repeat + math.prod(weight.shape[: weight.layer_dims])):
         layer = first_layer[segment] + turn * pattern + position
         yield Source(BLOCK_PREFIX.format(layer=layer) + BLOCK_TENSORS[parts[3]], shape, ours, inputs)
 
@@ -199,7 +202,8 @@ def _load(files: SafetensorsFolder, group: tuple[Source, ...], leaf: jax.ShapeDt
     keys = {_key(index or (), leaf.shape) for index in indices}
     parts = {key: np.empty([stop - start for start, stop in key], leaf.dtype) for key in keys}
     for layer, source in enumerate(group):
-        wanted = [key for key in keys if not layer_dims or key[0][0] <= layer < key[0][1]]
+        at = np.unravel_index(layer, leaf.shape[:layer_dims]) if layer_dims else ()
+        wanted = [key for key in keys if all(start <= index < stop for index, (start, stop) in zip(at, key, strict=False))]
         if not wanted:
             continue
         rows = layer_dims + source.rows_dim
@@ -208,7 +212,7 @@ def _load(files: SafetensorsFolder, group: tuple[Source, ...], leaf: jax.ShapeDt
         for key in wanted:
             shift = [first if dim == source.rows_dim else 0 for dim in range(values.ndim)]
             cut = tuple(slice(start - by, stop - by) for (start, stop), by in zip(key[layer_dims:], shift, strict=True))
-            place = (layer - key[0][0],) if layer_dims else ()
+            place = tuple(index - start for index, (start, _) in zip(at, key, strict=False))
             parts[key][place] = values[cut]
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: parts[_key(index or (), leaf.shape)])
 

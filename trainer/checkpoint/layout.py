@@ -1,20 +1,22 @@
 """From the tensors a checkpoint holds to the tensors a run wants. No JAX here.
 
 A checkpoint keeps every tensor in the shape it had in memory: layers of a segment stacked
-(`segments/0/1/attention/query`, leading dim = repeats) or one by one (`segments/0/1/7/attention/query`). A run
-that wants the other form gets it by path, one tensor at a time. Optimizer trees hold the same paths further
-down (`0/mu/segments/0/1/...`).
+(`segments/0/1/attention/query`, leading dim = repeats), one by one (`segments/0/1/7/attention/query`), or in a pipeline
+(`segments/0/1/pipeline/attention/query`, three leading dims that in their order are the first repeats, and the other
+repeats under `segments/0/1/after/`, in one of the first two forms). A run that wants another form gets it by path, one
+tensor of the model at a time. Optimizer trees hold the same paths further down (`0/mu/segments/0/1/...`).
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-_IN_SEGMENT: Final = re.compile(r"(?P<head>(?:.*/)?segments/\d+/\d+)/(?:(?P<repeat>\d+)/)?(?P<tail>.*\D.*)")
+_IN_SEGMENT: Final = re.compile(r"(?P<head>(?:.*/)?segments/\d+/\d+)/(?:(?P<part>pipeline|after)/)?(?:(?P<repeat>\d+)/)?(?P<tail>.*\D.*)")
 _NAMED_AT_MOST: Final = 20
 
 
@@ -33,22 +35,31 @@ class Same:
 
 
 @dataclass(frozen=True)
-class Unstack:
-    """Target r is `source[r]`."""
+class Part:
+    """A tensor that holds some repeats of a weight, in order: as its `layer_dims` leading dims, or just one."""
 
-    source: str
-    targets: tuple[str, ...]
+    path: str
+    shape: tuple[int, ...]
+    layer_dims: int
+
+    @property
+    def repeats(self) -> int:
+        return math.prod(self.shape[: self.layer_dims])
+
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        return self.shape[self.layer_dims :]
 
 
 @dataclass(frozen=True)
-class Stack:
-    """The target is the sources, stacked along a new leading dim."""
+class Regroup:
+    """The repeats of one weight, in order, from the parts that hold them to the parts that are wanted."""
 
-    sources: tuple[str, ...]
-    target: str
+    sources: tuple[Part, ...]
+    targets: tuple[Part, ...]
 
 
-Move = Same | Unstack | Stack
+Move = Same | Regroup
 
 
 @dataclass(frozen=True)
@@ -70,11 +81,9 @@ def plan(saved: Mapping[str, Leaf], wanted: Mapping[str, Leaf]) -> Plan:
                 continue
             case Same(path):
                 sources, found, expected = (path,), saved[path], wanted[path]
-            case Unstack(source, targets):
-                expected = Leaf((len(targets), *wanted[targets[0]].shape), wanted[targets[0]].dtype)
-                sources, found = (source,), saved[source]
-            case Stack(sources, target):
-                found, expected = Leaf((len(sources), *saved[sources[0]].shape), saved[sources[0]].dtype), wanted[target]
+            case Regroup(parts, targets):
+                sources = tuple(part.path for part in parts)
+                found, expected = _together(parts, saved), _together(targets, wanted)
         for source in sources:
             del unused[source]
         if found != expected:
@@ -94,44 +103,45 @@ def shorten(problems: list[str]) -> str:
 
 
 def _moves(saved: Mapping[str, Leaf], wanted: Mapping[str, Leaf]) -> Iterator[Move | str]:
-    """A move for each wanted tensor (one for all repeats of it), or its path where nothing fits."""
-    saved_repeats = _by_stacked_path(saved)
-    wanted_repeats = _by_stacked_path(wanted)
-    done: set[str] = set()
-    for path in wanted:
-        stacked, _ = _split(path)
-        if path in saved:
-            yield Same(path)
-        elif stacked != path and stacked in saved:
-            if stacked not in done:
-                done.add(stacked)
-                yield Unstack(stacked, wanted_repeats[stacked])
-        elif path in saved_repeats:
-            yield Stack(saved_repeats[path], path)
+    """A move for each wanted tensor (one for all parts of a weight), or its path where nothing fits."""
+    saved_groups, wanted_groups = _by_weight(saved), _by_weight(wanted)
+    for weight, targets in wanted_groups.items():
+        held, asked = _parts(saved, saved_groups.get(weight, ())), _parts(wanted, targets)
+        if held and asked and held != asked:
+            yield Regroup(held, asked)
         else:
-            yield path
+            yield from (Same(path) if path in saved else path for path in targets)
 
 
-def _split(path: str) -> tuple[str, int | None]:
-    """The path with the repeat taken out, and the repeat."""
-    found = _IN_SEGMENT.fullmatch(path)
-    if found is None or found["repeat"] is None:
-        return path, None
-    return f"{found['head']}/{found['tail']}", int(found["repeat"])
-
-
-def _by_stacked_path(leaves: Mapping[str, Leaf]) -> dict[str, tuple[str, ...]]:
-    """Stacked path -> its repeats in order, where repeats 0 to n-1 are all there and look the same."""
-    groups: dict[str, dict[int, str]] = {}
+def _by_weight(leaves: Mapping[str, Leaf]) -> dict[str, list[str]]:
+    """Path with all repeats stacked -> the tensors that hold them."""
+    groups: dict[str, list[str]] = {}
     for path in leaves:
-        stacked, repeat = _split(path)
-        if repeat is not None:
-            groups.setdefault(stacked, {})[repeat] = path
-    return {
-        stacked: tuple(group[repeat] for repeat in range(len(group)))
-        for stacked, group in groups.items()
-        if sorted(group) == list(range(len(group))) and len({leaves[path] for path in group.values()}) == 1
-    }
+        found = _IN_SEGMENT.fullmatch(path)
+        groups.setdefault(path if found is None else f"{found['head']}/{found['tail']}", []).append(path)
+    return groups
+
+
+def _parts(leaves: Mapping[str, Leaf], paths: Iterable[str]) -> tuple[Part, ...]:
+    """The tensors that hold a weight's repeats, first repeat first; none where they are not all there, or not alike."""
+    found: list[tuple[int, int, Part]] = []
+    for path in paths:
+        matched = _IN_SEGMENT.fullmatch(path)
+        if matched is None:
+            return ()
+        order = {"pipeline": 0, None: 1, "after": 1}[matched["part"]]
+        layer_dims = 3 if matched["part"] == "pipeline" else 0 if matched["repeat"] else 1
+        found.append((order, int(matched["repeat"] or 0), Part(path, leaves[path].shape, layer_dims)))
+    found.sort(key=lambda entry: entry[:2])
+    parts = tuple(part for *_, part in found)
+    behind = [repeat for order, repeat, _ in found if order]
+    alike = len({(part.layer_shape, leaves[part.path].dtype) for part in parts}) == 1
+    forms = {("after" in part.path.split("/"), part.layer_dims) for order, _, part in found if order}
+    return parts if behind == list(range(len(behind))) and alike and len(forms) < 2 else ()
+
+
+def _together(parts: tuple[Part, ...], leaves: Mapping[str, Leaf]) -> Leaf:
+    return Leaf((sum(part.repeats for part in parts), *parts[0].layer_shape), leaves[parts[0].path].dtype)
 
 
 def _near(path: str, others: Mapping[str, Leaf] | list[str]) -> str:

@@ -13,6 +13,7 @@ from trainer.errors import ResumeMismatch
 FREE: Final[dict[str, str]] = {
     "run_directory": "a run may be moved",
     "mesh": "a checkpoint is restored onto any mesh; results agree to rounding",
+    "pipeline": "where layers lie, and in which portions they compute; results agree to rounding",
     "sharding": "where tensors lie; results agree to rounding",
     "batch.accumulation": "the same global batch in other portions; results agree to rounding",
     "model.layers": "stacked and unrolled parameters are converted at load",

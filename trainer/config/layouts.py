@@ -14,7 +14,7 @@ from trainer.config.problem import Problem
 from trainer.config.rules import RULES, UNRULED, Resolution, in_use, resolve, split_further
 from trainer.config.sharding import Sharding
 from trainer.config.train import TrainConfig
-from trainer.config.weights import LAYER_AXIS, Weight, split_repeat, weights
+from trainer.config.weights import LAYER_AXIS, Weight, stacked_path, weights
 
 WEIGHT_MESH_AXES: Final = ("fsdp", "fsdp_transpose", "context", "tensor", "tensor_sequence", "expert")
 """Mesh axes that split every large weight; over the others (`diloco`, `data`, `stage` outside of a pipeline) weights are whole."""
@@ -74,7 +74,7 @@ def unsharded(config: TrainConfig, mesh: Mapping[str, int]) -> Unsharded:
         total += elements
         split = {axis for axes in layout.spec for axis in axes}
         if missing := tuple(axis for axis in wanted if axis not in split):
-            key = split_repeat(weight.path)[0], missing
+            key = stacked_path(weight.path), missing
             found[key] = found.get(key, 0) + elements
     listed = sorted(((path, elements, axes) for (path, axes), elements in found.items()), key=lambda entry: (-entry[1], entry[0]))
     return Unsharded(sum(found.values()), total, tuple(listed))

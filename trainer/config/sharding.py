@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from trainer.config.base import Fraction, Node
 from trainer.config.rules import RULES, Rule
-from trainer.config.weights import split_repeat
+from trainer.config.weights import stacked_path
 
 MeshAxis = Literal["diloco", "data", "stage", "fsdp", "fsdp_transpose", "context", "tensor", "tensor_sequence", "expert"]
 
@@ -37,7 +37,7 @@ class AxisRule(Node):
 
     def matches(self, weight: str) -> bool:
         """True for a rule attached to the weight of this path, in its own layer or with its repeats stacked."""
-        return self.weight is not None and (fnmatchcase(weight, self.weight) or fnmatchcase(split_repeat(weight)[0], self.weight))
+        return self.weight is not None and (fnmatchcase(weight, self.weight) or fnmatchcase(stacked_path(weight), self.weight))
 
 
 class Sharding(Node):

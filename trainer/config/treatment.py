@@ -15,7 +15,7 @@ from trainer.config.base import near_miss
 from trainer.config.optimizer import Adafactor, AdamW, Dtype, Group, Lion, Muon, Optimizer, Sgd
 from trainer.config.problem import Problem
 from trainer.config.train import TrainConfig
-from trainer.config.weights import Weight, split_repeat, weights
+from trainer.config.weights import Weight, stacked_path, weights
 
 Method = Literal["adamw", "muon", "sgd", "adafactor", "lion"]
 AXIS: Final = "axis:"
@@ -89,7 +89,7 @@ def trained(treated: Iterable[Treatment]) -> tuple[Treatment, ...]:
 def selects(selector: str, weight: Weight) -> bool:
     if selector.startswith(AXIS):
         return selector.removeprefix(AXIS) in weight.axes
-    return fnmatchcase(split_repeat(weight.path)[0], selector)
+    return fnmatchcase(stacked_path(weight.path), selector)
 
 
 def groups_select(config: TrainConfig) -> Iterator[Problem]:
@@ -105,7 +105,7 @@ def groups_select(config: TrainConfig) -> Iterator[Problem]:
 
 
 def _nothing(path: str, selector: str, declared: Iterable[Weight]) -> Problem:
-    names = {f"{AXIS}{axis}" for weight in declared for axis in weight.axes} | {split_repeat(weight.path)[0] for weight in declared}
+    names = {f"{AXIS}{axis}" for weight in declared for axis in weight.axes} | {stacked_path(weight.path) for weight in declared}
     kind = sorted(name for name in names if name.startswith(AXIS) == selector.startswith(AXIS))
     close = near_miss(selector, kind)
     hint = f"did you mean {close!r}?" if close else f"one of: {', '.join(kind)}"

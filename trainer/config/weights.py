@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from trainer.config.pipeline import PipelinePlan
 
 LAYER_AXIS = "layer"
+PIPELINE_PARTS = ("pipeline", "after")
+"""Parts of a pipelined segment, in its paths: the layers in the pipeline, and those behind it."""
 LAYER_AXES = ("repeat", "stage", LAYER_AXIS)
 """Leading dims of a weight that holds several layers: the last one, or in a pipeline all three."""
 
@@ -99,7 +101,7 @@ def join_repeat(path: str, repeat: int) -> str:
 def stacked_path(path: str) -> str:
     """The path a weight has when all repeats of its segment are stacked, whatever form it has itself."""
     parts = path.split("/")
-    if parts[0] == "segments" and parts[3] in ("pipeline", "after"):
+    if parts[0] == "segments" and parts[3] in PIPELINE_PARTS:
         del parts[3]
     return split_repeat("/".join(parts))[0]
 

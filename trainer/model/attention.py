@@ -48,6 +48,8 @@ class Context:
     segments: jax.Array | None = None
     """int32 [B, T], 0 in padding: what the splash kernel makes its mask of."""
     kernel: AttentionKernel = "plain"
+    positions: jax.Array | None = None
+    """int32 [B, T], each token's place in its document."""
 
     def attend(
         self,
@@ -92,7 +94,7 @@ def make_context(
     masks = {window: attention_mask(positions_BT, segments_BT, window) for window in dict.fromkeys(spec.window for spec in specs)}
     keys = dict.fromkeys((spec.rope, spec.rotary_dim) for spec in specs)
     tables = {(rope, rotated): rope_table(positions_BT, rope, rotated) for rope, rotated in keys}
-    return Context(segments_BT != 0, masks, tables, past_masks or {}, remember, segments_BT, kernel)
+    return Context(segments_BT != 0, masks, tables, past_masks or {}, remember, segments_BT, kernel, positions_BT)
 
 
 def attention_mask(positions_BT: jax.Array, segments_BT: jax.Array, window: int | None) -> jax.Array:

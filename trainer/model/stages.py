@@ -5,6 +5,7 @@ B sequences, b of a microbatch, T tokens, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from trainer.config.pipeline import PipelinePlan
 from trainer.model.attention import make_context
 from trainer.parallel.pipeline import Policy, StageWeight, run_pipeline
 
-Rows = dict[str, jax.Array]
+Rows = Mapping[str, Any]
 
 
 def run_stages(
@@ -53,4 +54,4 @@ def run_stages(
         StageWeight(param[...], param.axes, param.path, compute_dtype if param.inputs and not param.exact else param[...].dtype)
         for _, param in flat
     ]
-    return run_pipeline(stage, weights, x_BTD, rows, plan, axes=axes, policy=policy)
+    return run_pipeline(stage, weights, x_BTD, dict(rows), plan, axes=axes, policy=policy)

@@ -15,11 +15,13 @@ from flax import nnx
 from trainer.config.model import Attention as AttentionSpec
 from trainer.config.model import Block as BlockSpec
 from trainer.config.model import GatedMlp, Model, Segment
-from trainer.config.weights import join_repeat, weights
+from trainer.config.pipeline import PipelinePlan
+from trainer.config.weights import weights
 from trainer.model.attention import Attention, ByProducts, Cache, Context, make_context
 from trainer.model.latent import LatentAttention
 from trainer.model.layers import Mlp, Params, RmsNorm, einsum_float32, lookup, select, under
 from trainer.model.moe import MixtureOfExperts
+from trainer.model.stages import run_stages
 from trainer.parallel.sharding import constrain
 
 NORMS: Final = ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
@@ -69,10 +71,11 @@ def normed(norm: RmsNorm | None, x: jax.Array) -> jax.Array:
 class Transformer(nnx.Module):
     """Tokens in, logits out. Its parameters are those of `trainer.config.weights`, under the same paths."""
 
-    def __init__(self, spec: Model, params: Params) -> None:
+    def __init__(self, spec: Model, params: Params, pipeline: PipelinePlan | None = None) -> None:
         self.spec = spec
+        self.pipeline = pipeline
         self.embed = nnx.Dict(under(params, "embed"))
-        self.segments = nnx.List([_segment(spec, index, params) for index in range(len(spec.segments))])
+        self.segments = nnx.List([_segment(spec, index, params, pipeline) for index in range(len(spec.segments))])
         self.final_norm = RmsNorm(spec.final_norm, under(params, "final_norm"))
         self.head = nnx.Dict(under(params, "head"))
 
@@ -99,8 +102,11 @@ class Transformer(nnx.Module):
             x_BTD = self.embedding(tokens_BT, context.valid)
             products: list[Any] = []
             remembered = [None] * len(self.spec.segments) if past is None else past
-            for segment, positions, caches in zip(self.spec.segments, self.segments, remembered, strict=True):
-                x_BTD, product = self.run_segment(segment, positions, x_BTD, context, caches)
+            for index, (segment, positions, caches) in enumerate(zip(self.spec.segments, self.segments, remembered, strict=True)):
+                if self.pipeline is not None and index == self.pipeline.segment:
+                    x_BTD, product = self.run_pipelined(self.pipeline, segment, positions, x_BTD, context)
+                else:
+                    x_BTD, product = self.run_segment(segment.repeats, positions, x_BTD, context, caches)
                 products.append(product)
             return self.final_norm(select(context.valid, x_BTD)), products
 
@@ -112,15 +118,33 @@ class Transformer(nnx.Module):
             x_BTD = x_BTD * jnp.asarray(self.spec.embedding_scale, x_BTD.dtype)
         return constrain(x_BTD, HIDDEN_AXES)
 
+    def run_pipelined(
+        self, plan: PipelinePlan, segment: Segment, positions: nnx.List, x_BTD: jax.Array, context: Context
+    ) -> tuple[jax.Array, list[Any]]:
+        """The segment whose first repeats are a pipeline; by-products as of `run_segment`."""
+        blocks = nnx.List([position["pipeline"] for position in positions])
+        policy = None if self.spec.remat == "none" else REMAT[self.spec.remat]
+        rows = {"positions": context.positions, "segments": context.segments}
+        x_BTD, products = run_stages(self.spec, segment, blocks, x_BTD, rows, plan, policy=policy, axes=HIDDEN_AXES)
+        if self.spec.layers == "unroll":
+            products = [jax.tree.map(lambda leaf, index=repeat: leaf[index], products) for repeat in range(plan.patterns)]
+        if (rest := segment.repeats - plan.patterns) == 0:
+            return x_BTD, products
+        after = nnx.List([position["after"] for position in positions])
+        x_BTD, found = self.run_segment(rest, after, x_BTD, context)
+        if self.spec.layers == "unroll":
+            return x_BTD, products + found
+        return x_BTD, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), products, found)
+
     def run_segment(
-        self, segment: Segment, positions: nnx.List, x_BTD: jax.Array, context: Context, past: Any = None
+        self, repeats: int, positions: nnx.List, x_BTD: jax.Array, context: Context, past: Any = None
     ) -> tuple[jax.Array, list[Any]]:
         """All repeats of one segment's pattern; `past` and by-products as of `forward`, of this segment."""
         if self.spec.layers == "scan":
             graphdef, stacked = self.split(positions)
             return jax.lax.scan(lambda x, layer: self.run_pattern(graphdef, layer[0], x, context, layer[1]), x_BTD, (stacked, past))
         products: list[Any] = []
-        for repeat in range(segment.repeats):
+        for repeat in range(repeats):
             graphdef, params = self.split(nnx.List([blocks[repeat] for blocks in positions]))
             x_BTD, product = self.run_pattern(graphdef, params, x_BTD, context, None if past is None else past[repeat])
             products.append(product)
@@ -180,8 +204,8 @@ class Transformer(nnx.Module):
         return constrain(logits_BTV, ("batch", "length", "act_vocab"))
 
 
-def create_abstract_model(model: Model) -> Transformer:
-    """The model with a `jax.ShapeDtypeStruct` (float32) in each parameter: nothing is computed or traced.
+def create_abstract_model(model: Model, pipeline: PipelinePlan | None = None) -> Transformer:
+    """The model, laid out as `pipeline` says, with a `jax.ShapeDtypeStruct` (float32) in each parameter: nothing is computed or traced.
 
     Each `nnx.Param` carries the metadata METADATA of its `trainer.config.weights.Weight`.
     """
@@ -189,19 +213,30 @@ def create_abstract_model(model: Model) -> Transformer:
         weight.path: nnx.Param(
             jax.ShapeDtypeStruct(weight.shape, jnp.float32), **{name: getattr(weight, name) for name in METADATA}
         )
-        for weight in weights(model)
-    })  # fmt: skip
+        for weight in weights(model, pipeline)
+    }, pipeline)  # fmt: skip
 
 
-def _segment(spec: Model, index: int, params: Params) -> nnx.List:
-    """Blocks by position in the pattern; unrolled: a list of blocks by repeat at each position."""
+def _segment(spec: Model, index: int, params: Params, pipeline: PipelinePlan | None) -> nnx.List:
+    """Blocks by position in the pattern; unrolled: a list of blocks by repeat at each position.
+
+    In the pipelined segment each position has `pipeline`, one block of all stages, and where layers are left, `after`.
+    """
     segment = spec.segments[index]
-    positions: list[nnx.Module] = []
+    positions: list[Any] = []
     for position, block in enumerate(segment.pattern):
         path = f"segments/{index}/{position}"
-        if spec.layers == "scan":
-            positions.append(Block(block, under(params, path)))
-        else:
-            repeats = range(segment.repeats)
-            positions.append(nnx.List([Block(block, under(params, join_repeat(path, repeat))) for repeat in repeats]))
+        if pipeline is None or pipeline.segment != index:
+            positions.append(_repeats(spec, block, path, segment.repeats, params))
+            continue
+        parts = {"pipeline": Block(block, under(params, f"{path}/pipeline"))}
+        if rest := segment.repeats - pipeline.patterns:
+            parts["after"] = _repeats(spec, block, f"{path}/after", rest, params)
+        positions.append(nnx.Dict(parts))
     return nnx.List(positions)
+
+
+def _repeats(spec: Model, block: BlockSpec, path: str, repeats: int, params: Params) -> Any:
+    if spec.layers == "scan":
+        return Block(block, under(params, path))
+    return nnx.List([Block(block, under(params, f"{path}/{repeat}")) for repeat in range(repeats)])
