@@ -280,7 +280,12 @@ def _spread(x: jax.Array, schedule: PipelineSchedule) -> jax.Array:
 def _by_microbatch(x: jax.Array, schedule: PipelineSchedule) -> jax.Array:
     """[B, ...] -> [M, b, ...], the same at every stage."""
     spread = _spread(x, schedule)
-    return constrain(spread.reshape(-1, *spread.shape[2:]), (None, "batch", *[None] * (x.ndim - 1)))
+    microbatches = spread.reshape(-1, *spread.shape[2:])
+    layout = current_layout()
+    if layout is None:
+        return microbatches
+    with use_layout(replace(layout, inside_stage=True)):
+        return constrain(microbatches, (None, "batch", *[None] * (x.ndim - 1)))
 
 
 def _gather_rows(buffer: jax.Array, schedule: PipelineSchedule) -> jax.Array:
