@@ -54,4 +54,16 @@ def run_stages(
         StageWeight(param[...], param.axes, param.path, compute_dtype if param.inputs and not param.exact else param[...].dtype)
         for _, param in flat
     ]
-    return run_pipeline(stage, weights, x_BTD, dict(rows), plan, axes=axes, policy=policy)
+    return run_pipeline(stage, weights, x_BTD, dict(rows), plan, axes=axes, policy=policy and _of_all_stages(policy))
+
+
+def _of_all_stages(policy: Policy) -> Policy:
+    """`policy`, which speaks of a stage, for the stages together: there, a product with a weight has a batch dim, the stage."""
+
+    def keeps(primitive: Any, *avals: Any, **params: Any) -> Any:
+        if primitive is jax.lax.dot_general_p:
+            contracted, (x_batch, y_batch) = params["dimension_numbers"]
+            params = {**params, "dimension_numbers": (contracted, (x_batch[1:], y_batch[1:]))}
+        return policy(primitive, *avals, **params)
+
+    return keeps

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -20,14 +21,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from trainer.config.pipeline import PipelinePlan
 from trainer.config.pipeline_schedule import PipelineSchedule
-from trainer.parallel.sharding import Layout, constrain, current_layout, use_layout
+from trainer.parallel.sharding import constrain, current_layout, use_layout
 
 STAGE: Final = "stage"
 FSDP: Final = ("fsdp", "fsdp_transpose")
 
-# Names of values, for what the backward pass keeps.
 INPUT: Final = "pipeline_input"
-WEIGHTS: Final = "pipeline_weights"
+"""Name of the stages' inputs, for what the backward pass keeps."""
+MOVES: Final = ("broadcast_in_dim", "convert_element_type", "dynamic_slice", "gather", "name", "reshape", "sharding_constraint",
+                "slice", "squeeze", "transpose")  # fmt: skip
+"""Primitives that compute nothing: what makes a stage's weights of the stored ones, anew in the backward pass under every policy."""
 
 Rows = Any
 """A tree of arrays with one entry for each row of the batch: [B, ...]."""
@@ -98,7 +101,7 @@ def run_pipeline(
     by_microbatch = jax.tree.map(lambda leaf: _by_microbatch(leaf, schedule), rows)
     stage_index = np.arange(S)
     shape = (S, *buffer.shape[2:])
-    keep = policy or jax.checkpoint_policies.save_anything_except_these_names(WEIGHTS)
+    keep = policy or _computed
 
     def compute(stored: list[StageWeight], whole: list[jax.Array] | None, x_Sb: jax.Array, turn: Turn) -> tuple[jax.Array, Any]:
         used = [_pick_used(weight, None if whole is None else whole[i], turn.repeat) for i, weight in enumerate(stored)]
@@ -128,10 +131,10 @@ def run_pipeline(
     def move(buffer: jax.Array, leaving: jax.Array, turn: Turn, *, held: jax.Array | None) -> _Carry:
         """One lane turns towards stage 0, results go to the next stage, that of the last stage into the buffer."""
         lane = jax.lax.dynamic_index_in_dim(buffer, turn.read, 1, keepdims=False)
-        buffer = jax.lax.dynamic_update_index_in_dim(buffer, jnp.roll(lane, -1, axis=0), turn.read, 1)
-        arriving = constrain(jnp.roll(leaving, 1, axis=0), (STAGE, *axes))
+        buffer = jax.lax.dynamic_update_index_in_dim(buffer, _rotate(lane, -1), turn.read, 1)
+        arriving = constrain(_rotate(leaving, 1), (STAGE, *axes))
         to = schedule.write_stage
-        back = arriving if to == 0 else jnp.roll(leaving, to + 1, axis=0) if to != S - 1 else leaving
+        back = arriving if to == 0 else _rotate(leaving, to + 1) if to != S - 1 else leaving
         lane = jax.lax.dynamic_index_in_dim(buffer, turn.write, 1, keepdims=False)
         lane = _where_stage((stage_index == to) & turn.writes, back, lane)
         buffer = jax.lax.dynamic_update_index_in_dim(buffer, lane, turn.write, 1)
@@ -152,6 +155,11 @@ def run_pipeline(
         last = jax.tree.map(lambda array: jnp.asarray(array[-1]), table)
         carry = move(carry.buffer, carry.held, last, held=None)
     return constrain(_gather_rows(carry.buffer, schedule), axes), jax.tree.map(lambda leaf: _by_layer(leaf, schedule), products)
+
+
+def _computed(primitive: Any, *avals: Any, **params: Any) -> bool:
+    """Everything but weights."""
+    return primitive.name not in MOVES
 
 
 class _Carry(NamedTuple):
@@ -175,9 +183,8 @@ def _by_repeat(
     window: its backward pass gathers the weights of both repeats anew.
     """
     R, M = schedule.repeats, schedule.microbatches
-    saved = jax.checkpoint_policies.save_only_these_names(INPUT)
-    keep = jax.checkpoint_policies.save_from_both_policies(saved, policy) if policy else None
-    keep = keep or jax.checkpoint_policies.save_anything_except_these_names(WEIGHTS)
+    inputs_only = jax.checkpoint_policies.save_only_these_names(INPUT)
+    keep = jax.checkpoint_policies.save_from_both_policies(inputs_only, policy or _computed)
     axes = [weight.axes for weight in weights]
 
     def window(carry: _Carry, inputs: tuple[list[jax.Array], Turn]) -> tuple[_Carry, Any]:
@@ -223,8 +230,9 @@ def _pick_used(weight: StageWeight, whole: jax.Array | None, repeat_S: jax.Array
     """
     stored = constrain(_pick(weight.stored, repeat_S), weight.axes[1:], weight.path)
     own = weight.with_array(stored, weight.axes[1:])
-    used = _whole(own) if whole is None else _pick(whole, repeat_S)
-    return _as_copy_of(own, checkpoint_name(used, WEIGHTS))
+    # Said of the whole weights too: left to itself, the partitioner splits them again at the border of a loop.
+    used = _whole(own) if whole is None else _gathered(own, _pick(_gathered(weight, whole), repeat_S))
+    return _as_copy_of(own, used)
 
 
 def _pick(array: jax.Array, repeat_S: jax.Array) -> jax.Array:
@@ -237,22 +245,21 @@ def _pick(array: jax.Array, repeat_S: jax.Array) -> jax.Array:
 def _whole(weight: StageWeight) -> jax.Array:
     """The weight in compute dtype, gathered over the mesh axes that split it only to be stored. No gradient passes."""
     array = jax.lax.stop_gradient(weight.stored).astype(weight.dtype)
+    return _gathered(weight, constrain(array, weight.axes, weight.path))  # gathered in compute dtype
+
+
+def _gathered(weight: StageWeight, array: jax.Array) -> jax.Array:
+    """`array`, a copy of the weight, laid out without the mesh axes that split it only to be stored."""
     layout = current_layout()
     if layout is None or layout.mesh.size == 1:
-        return checkpoint_name(array, WEIGHTS)
-    array = constrain(array, weight.axes, weight.path)  # gathered in compute dtype
-    spec = _without_fsdp(weight, layout)
-    return checkpoint_name(jax.lax.with_sharding_constraint(array, NamedSharding(layout.mesh, spec)), WEIGHTS)
-
-
-def _without_fsdp(weight: StageWeight, layout: Layout) -> PartitionSpec:
+        return array
     spec = layout.spec(weight.axes, weight.stored.shape, weight.path)
     entries: list[tuple[str, ...] | None] = []
     for logical, entry in zip(weight.axes, spec, strict=False):  # a spec leaves out what follows its last split dim
         mesh_axes = (entry,) if isinstance(entry, str) else entry or ()
         kept = () if logical == "embed" else tuple(axis for axis in mesh_axes if axis not in FSDP)
         entries.append(kept or None)
-    return PartitionSpec(*entries)
+    return jax.lax.with_sharding_constraint(array, NamedSharding(layout.mesh, PartitionSpec(*entries)))
 
 
 def _as_copy_of(weight: StageWeight, used: jax.Array) -> jax.Array:
@@ -269,6 +276,23 @@ def _as_copy_of(weight: StageWeight, used: jax.Array) -> jax.Array:
 
     copy.defvjp(lambda stored, used: (used, None), backward)
     return copy(weight.stored, used)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _rotate(x_Sb: jax.Array, by: int) -> jax.Array:
+    """Every stage's part handed on by so many stages: one collective-permute; so is its gradient, which JAX itself makes two."""
+    return jnp.roll(x_Sb, by, axis=0)
+
+
+def _rotate_forward(x_Sb: jax.Array, by: int) -> tuple[jax.Array, None]:
+    return _rotate(x_Sb, by), None
+
+
+def _rotate_backward(by: int, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (_rotate(gradient, -by),)
+
+
+_rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
 def _spread(x: jax.Array, schedule: PipelineSchedule) -> jax.Array:
@@ -292,7 +316,7 @@ def _gather_rows(buffer: jax.Array, schedule: PipelineSchedule) -> jax.Array:
     """The inverse of `_spread`, of the buffer as it stands at the end."""
     counts = [schedule.final_turns(lane) % schedule.stages for lane in range(schedule.lanes)]
     edges = [0, *(lane for lane in range(1, schedule.lanes) if counts[lane] != counts[lane - 1]), schedule.lanes]
-    parts = [jnp.roll(buffer[:, start:stop], counts[start], axis=0) for start, stop in itertools.pairwise(edges)]
+    parts = [_rotate(buffer[:, start:stop], counts[start]) for start, stop in itertools.pairwise(edges)]
     home = jnp.concatenate(parts, axis=1).swapaxes(1, 2)
     return home.reshape(-1, *home.shape[3:])
 
