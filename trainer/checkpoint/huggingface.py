@@ -71,11 +71,11 @@ def sources(model: Model, pipeline: PipelinePlan | None = None) -> dict[str, tup
 def load_huggingface(
     folder: str, abstract: Mapping[str, jax.ShapeDtypeStruct], model: Model, pipeline: PipelinePlan | None = None
 ) -> dict[str, jax.Array]:
-    """Parameters of `model`, laid out as `pipeline` says, by path from a safetensors folder, local or gs://, each with the dtype and sharding of its abstract leaf.
+    """Parameters of `model` by path from a safetensors folder, local or gs://, each with the dtype and sharding of its abstract leaf.
 
-    A process reads the rows its own devices need, one weight at a time. Raises CheckpointError that names every
-    tensor which is missing, unknown, or of another shape or dtype, and every field in which config.json differs
-    from `model`.
+    pipeline: how the model's layers are laid out, where some of them are pipelined. A process reads the rows its own
+    devices need, one weight at a time. Raises CheckpointError that names every tensor which is missing, unknown, or of
+    another shape or dtype, and every field in which config.json differs from `model`.
     """
     with SafetensorsFolder(folder) as files:
         table = sources(model, pipeline)
