@@ -14,6 +14,7 @@ from trainer.config.terms import Term, loss_terms, model_terms
 from trainer.config.train import TrainConfig
 from trainer.ledger import Batch, Forward, Statistics, counts_of, forward_sums, ledger_metrics, mean_loss
 from trainer.loss import LossSums
+from trainer.model.byproducts import statistics_metrics
 from trainer.optim import build_schedule
 from trainer.parallel.compiler import compiler_options
 from trainer.parallel.sharding import Layout, constrain, use_layout
@@ -33,7 +34,7 @@ def make_train_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> Tra
     batch: `inputs`, `targets`, `positions`, `segments` int32 [B, T] and `weights` float32 [B, T], B the global
     batch. metrics: float32 scalars: `loss` (what is minimised), `cross_entropy`, every loss term's value before
     its weight, `tokens` (valid) and what else terms are divided by, `gradient_norm` (before clipping), `learning_rate`,
-    and `skipped_updates` so far where spikes are skipped.
+    `skipped_updates` so far where spikes are skipped, and those of `trainer.model.byproducts.statistics_metrics`, some of them arrays.
     """
     schedule = build_schedule(config.schedule, config.steps)
     terms = model_terms(config)
@@ -46,7 +47,7 @@ def make_train_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> Tra
             params, rest = (gathered(config, part) for part in parts)
 
             def forward(params: nnx.State, microbatch: Batch) -> Forward:
-                return _forward(nnx.merge(model_def, params, rest), microbatch)
+                return _forward(nnx.merge(model_def, params, rest), microbatch, terms)
 
             sums, gradients, statistics = accumulate(config, forward, params, batch, terms, shardings)
             metrics = {
@@ -58,6 +59,7 @@ def make_train_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> Tra
             if config.optimizer.skip_spikes is not None:
                 metrics["skipped_updates"] = train.optimizer.opt_state["spikes"]["skipped"][...].astype(jnp.float32)
             if statistics:
+                metrics |= statistics_metrics(statistics)
                 train.model.advance(statistics)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
             return nnx.state(train), metrics
 
@@ -73,7 +75,8 @@ def make_eval_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> Eval
         with use_layout(layout):
             train = nnx.merge(spec.graphdef, state)
             model_def, params = nnx.split(train.model)
-            return sums + forward_sums(config, _forward(nnx.merge(model_def, gathered(config, params)), batch), batch, terms)
+            model = nnx.merge(model_def, gathered(config, params))
+            return sums + forward_sums(config, _forward(model, batch, terms), batch, terms)
 
     return jax.jit(eval_step, donate_argnums=1, out_shardings=layout.replicated)
 
@@ -142,9 +145,10 @@ def accumulate(
     return sums, gradients, jax.tree.map(lambda stacked: jnp.sum(stacked, axis=0), statistics)
 
 
-def _forward(model: nnx.Module, batch: Batch) -> Forward:
-    logits_BTV = model(batch["inputs"], batch["positions"], batch["segments"])  # pyright: ignore[reportCallIssue]
-    return Forward(logits_BTV, terms={}, statistics={})
+def _forward(model: nnx.Module, batch: Batch, terms: Sequence[Term]) -> Forward:
+    found = model.run(batch["inputs"], batch["positions"], batch["segments"])  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    enabled = {term.name for term in terms}
+    return Forward(found.logits, {name: value for name, value in found.terms.items() if name in enabled}, found.statistics)
 
 
 def _microbatches(batch: Batch, count: int) -> Batch:

@@ -56,3 +56,18 @@ def ragged_batch(seed: int, *, batch: int = BATCH, length: int = LENGTH, vocabul
 
 def put(batch: dict[str, np.ndarray], layout: Layout) -> dict[str, jax.Array]:
     return {name: jax.device_put(rows, layout.sharding(("batch", "length"), rows.shape)) for name, rows in batch.items()}
+
+
+MIXTURE: dict[str, Any] = {"type": "moe", "experts": 4, "experts_per_token": 2, "hidden": 24}
+
+
+def mixture(*overrides: str, pattern: str = "dense+sparse", mlp: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
+    """A model with mixtures of experts: a dense layer, then (`dense+sparse`: every second) layers with one."""
+    attention = {"heads": 4, "kv_heads": 2, "head_dim": 8}
+    plain, mixed = ({"attention": attention, "mlp": mlp} for mlp in ({"hidden": 48}, {**MIXTURE, **(mlp or {})}))
+    segments = [
+        {"repeats": 1, "pattern": [plain]},
+        {"repeats": 2, "pattern": [plain, mixed] if pattern == "dense+sparse" else [mixed]},
+    ]
+    model = {**config().model.model_dump(mode="json"), "segments": segments, "matmul_precision": "highest"}
+    return config(*overrides, model=model, **changes)

@@ -75,6 +75,11 @@ class Model(Node):
         return sum(len(segment.pattern) * segment.repeats for segment in self.segments)
 
     @property
+    def patterns(self) -> list[Block]:
+        """The blocks of every segment's pattern, once each."""
+        return [block for segment in self.segments for block in segment.pattern]
+
+    @property
     def blocks(self) -> tuple[Block, ...]:
         """The block of every layer, in forward order."""
         return tuple(block for segment in self.segments for _ in range(segment.repeats) for block in segment.pattern)

@@ -114,7 +114,7 @@ def _nothing(path: str, selector: str, declared: Iterable[Weight]) -> Problem:
 
 def _treatment(optimizer: Optimizer, weight: Weight) -> Treatment:
     group = next((group for group in optimizer.groups if any(selects(s, weight) for s in group.tensors)), None)
-    if group is not None and group.frozen:
+    if not weight.trained or (group is not None and group.frozen):
         return Treatment(weight, optimizer.type, True, 0.0, 1.0, ())
     method = _method(optimizer, weight)
     moments = tuple(_moments(optimizer, method, weight))

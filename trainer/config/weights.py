@@ -57,6 +57,8 @@ class Weight:
     """Dims of one layer's tensor before those: experts, each with a matrix (or a bias) of its own."""
     exact: bool = False
     """Used in float32, whatever the compute dtype."""
+    trained: bool = True
+    """False: no gradient moves it; the model does by itself, after a step."""
 
     first_repeat: int = 0
     """Of its segment, the first one it holds."""
@@ -225,7 +227,7 @@ def _mlp(mlp: GatedMlp | Moe, width: int, normal: Normal) -> Iterator[Weight]:
             if mlp.router.bias:
                 yield Weight("mlp/router/bias", (mlp.experts,), ("router",), Constant(0.0), 0)
             if mlp.router.bias_balancing is not None:
-                yield Weight("mlp/router/balance", (mlp.experts,), ("router",), Constant(0.0), 0)
+                yield Weight("mlp/router/balance", (mlp.experts,), ("router",), Constant(0.0), 0, trained=False)
             for weight in _gated("mlp/experts", mlp.hidden, width, normal, bias=mlp.bias):
                 yield replace(weight, shape=(mlp.experts, *weight.shape), axes=("expert", *weight.axes), batch=1)
             if mlp.shared_hidden is not None:

@@ -5,7 +5,7 @@ B sequences, T tokens, N = B x T rows, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import jax
@@ -18,6 +18,7 @@ from trainer.config.model import GatedMlp, Model, Segment
 from trainer.config.pipeline import PipelinePlan
 from trainer.config.weights import weights
 from trainer.model.attention import Attention, ByProducts, Cache, Context, make_context
+from trainer.model.byproducts import Outputs, advance_bias, mixture_sums
 from trainer.model.latent import LatentAttention
 from trainer.model.layers import Mlp, Params, RmsNorm, einsum_float32, lookup, select, under
 from trainer.model.moe import MixtureOfExperts
@@ -25,7 +26,7 @@ from trainer.model.stages import run_stages
 from trainer.parallel.sharding import constrain
 
 NORMS: Final = ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
-METADATA: Final = ("path", "axes", "init", "inputs", "batch", "exact")
+METADATA: Final = ("path", "axes", "init", "inputs", "batch", "exact", "first_repeat")
 HIDDEN_AXES: Final = ("batch", "act_length", "act_embed")
 
 # What the backward pass keeps of a block; the block's input is always kept.
@@ -87,10 +88,23 @@ class Transformer(nnx.Module):
         """
         return self.logits(self.hidden(tokens_BT, positions_BT, segments_BT), segments_BT)
 
+    def run(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> Outputs:
+        """Logits as of a call, and what its layers say beside them. Arguments as of a call."""
+        x_BTD, products = self.forward(tokens_BT, self.context(positions_BT, segments_BT))
+        return Outputs(self.logits(x_BTD, segments_BT), *mixture_sums(self.spec, products))
+
+    def advance(self, statistics: Mapping[str, jax.Array]) -> None:
+        """Moves what no gradient moves: the routers' balancing biases, by the statistics of a whole step's batch."""
+        for path, param in nnx.to_flat_state(nnx.state(self, nnx.Param)):
+            if path[-2:] == ("router", "balance"):
+                advance_bias(self.spec, param, statistics)
+
     def hidden(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
         """The last block's output after the final norm, compute dtype [B, T, D]. Arguments as of a call."""
-        blocks = [block for segment in self.spec.segments for block in segment.pattern]
-        return self.forward(tokens_BT, make_context(blocks, positions_BT, segments_BT, kernel=self.spec.attention_kernel))[0]
+        return self.forward(tokens_BT, self.context(positions_BT, segments_BT))[0]
+
+    def context(self, positions_BT: jax.Array, segments_BT: jax.Array) -> Context:
+        return make_context(self.spec.patterns, positions_BT, segments_BT, kernel=self.spec.attention_kernel)
 
     def forward(self, tokens_BT: jax.Array, context: Context, past: list[Any] | None = None) -> tuple[jax.Array, list[Any]]:
         """What `hidden` returns, and the by-products of every segment's blocks.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from statistics import median
-from typing import Final
+from typing import Any, Final
 
 import jax
 import numpy as np
@@ -21,7 +21,12 @@ def start_copy(metrics: Mapping[str, jax.Array]) -> None:
 
 def read(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
     """Scalars on the host. Waits until they are computed; the only such read in the training loop."""
-    return {name: float(np.asarray(value)) for name, value in metrics.items()}  # a seventh of jax.device_get's host time
+    return {name: float(np.asarray(value)) for name, value in metrics.items() if not value.ndim}  # a seventh of jax.device_get's host time
+
+
+def read_arrays(metrics: Mapping[str, jax.Array]) -> dict[str, list[Any]]:
+    """Those that are not scalars, as nested lists, to four digits behind the point. Waits as `read`."""
+    return {name: np.asarray(value).astype(np.float64).round(4).tolist() for name, value in metrics.items() if value.ndim}
 
 
 class StepClock:

@@ -15,7 +15,7 @@ from trainer.config.train import TrainConfig
 from trainer.observe.background import Background, Writer
 from trainer.observe.console import Console
 from trainer.observe.jsonl import JsonLines
-from trainer.observe.metrics import StepClock, read, start_copy
+from trainer.observe.metrics import StepClock, read, read_arrays, start_copy
 from trainer.observe.tensorboard import TensorBoard
 
 CLOSE_SECONDS: Final = 5.0
@@ -68,14 +68,15 @@ class Reporter:
     def flush(self) -> dict[str, float] | None:
         """Read what is still on the device: the metrics and the number (`step`) of the last step not yet returned; None if there is none.
 
-        Waits for that step. Metrics are float32 scalars, `loss`, `gradient_norm` and `tokens` (valid ones) among them.
+        Waits for that step. Metrics are float32 scalars, `loss`, `gradient_norm` and `tokens` (valid ones) among them; arrays
+        are logged, not returned.
         """
         if self._pending is None:
             return None
         step, metrics = self._pending
         self._pending = None
-        values = read(metrics)
-        self._log_step(step, values, self._clock())
+        values, arrays = read(metrics), read_arrays(metrics)
+        self._log_step(step, values, arrays, self._clock())
         return {"step": step, **values}
 
     def eval(self, done: int, sums: Sums) -> dict[str, float]:
@@ -104,11 +105,11 @@ class Reporter:
             writer.close(deadline)
         self._writers = []
 
-    def _log_step(self, step: int, values: dict[str, float], now: float) -> None:
+    def _log_step(self, step: int, values: dict[str, float], arrays: Mapping[str, Any], now: float) -> None:
         if self._evaluated_after(step):
             self._steps.interrupt()  # its end was seen only after the evaluation had been fed
         seconds = self._steps.finished(now)
-        record: dict[str, Any] = {"kind": "step", "step": step, "done": step + 1, **values}
+        record: dict[str, Any] = {"kind": "step", "step": step, "done": step + 1, **values, **arrays}
         if self._first:
             self._first = False
             # Compilation and all; the CPU time is the process's since it began.
