@@ -112,6 +112,7 @@ def test_the_optimizer_keeps_nothing_for_the_balancing_bias_and_it_is_saved_with
     assert not [path for path in items["opt"] if "balance" in path]
 
 
+@pytest.mark.full
 def test_evaluation_measures_the_terms_of_training() -> None:
     run = mixture(*TERMS)
     where = layout(run, 1)

@@ -31,8 +31,8 @@ def mixture_sums(model: Model, products: Sequence[Any]) -> tuple[dict[str, jax.A
     A term is the mean over the mixtures of the model, so that its weight means the same at any depth.
     """
     found = mixtures(model, products)
-    layers = sum(model.segments[segment].repeats for segment, _ in found)
-    terms = {name: sum(jnp.sum(sums[name]) for sums in found.values()) / layers for name in ("load_balance", "router_z_loss") if found}
+    names = ("load_balance", "router_z_loss") if found else ()
+    terms = {name: jnp.mean(jnp.concatenate([sums[name] for sums in found.values()])) for name in names}
     statistics = {
         f"{name}/segments/{segment}/{position}": sums[name] for (segment, position), sums in found.items() for name in ("load", "dropped")
     }
