@@ -18,7 +18,8 @@ from flax import nnx
 from trainer.config.model import Capacity, DenseDispatch, Dropless, GatedMlp, Moe
 from trainer.model.layers import Mlp, Params, add_bias, einsum_float32, gated, select, under
 from trainer.model.routing import Routing, chosen_experts, load_balance_sum, route, z_loss_sum
-from trainer.parallel.sharding import constrain
+from trainer.parallel.experts import Choices, Expert, Placed, by_token, mix, mix_over_mesh
+from trainer.parallel.sharding import constrain, current_layout
 
 Arrays = Mapping[str, jax.Array]
 
@@ -47,7 +48,7 @@ class MixtureOfExperts(nnx.Module):
             case DenseDispatch():
                 y_BTD, dropped = dense(x_BTD, routing, valid_BT, experts, self.spec), jnp.zeros(())
             case Dropless() | Capacity():
-                y_BTD, dropped = sparse(x_BTD, routing, valid_BT, experts, self.spec), jnp.zeros(())
+                y_BTD, dropped = sparse(x_BTD, routing, valid_BT, self.experts, self.spec), jnp.zeros(())
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD)
         return y_BTD, {
@@ -62,7 +63,10 @@ class MixtureOfExperts(nnx.Module):
         kernel_DE = self.router["kernel"][...].astype(jnp.float32)
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), kernel_DE, precision=jax.lax.Precision.HIGHEST)
         balance = self.router.get("balance")
-        return route(add_bias(logits_BTE, self.router.get("bias")), self.spec, None if balance is None else balance[...])
+        others = () if balance is None else (balance[...],)
+        return by_token(
+            lambda logits_BTE, *others: route(logits_BTE, self.spec, *others), add_bias(logits_BTE, self.router.get("bias")), *others
+        )
 
 
 def _shared(spec: Moe, params: Params) -> Mlp | None:
@@ -84,21 +88,24 @@ def dense(x_BTD: jax.Array, routing: Routing, valid_BT: jax.Array, experts: Arra
     return einsum_float32("BTED,BTE->BTD", out_BTED, combine_BTE.astype(out_BTED.dtype)).astype(x_BTD.dtype)
 
 
-def sparse(x_BTD: jax.Array, routing: Routing, valid_BT: jax.Array, experts: Arrays, spec: Moe) -> jax.Array:
-    """Every choice is computed once: rows sorted by expert, one grouped matmul for all experts. Returns [B, T, D].
+def sparse(x_BTD: jax.Array, routing: Routing, valid_BT: jax.Array, experts: Mapping[str, nnx.Param], spec: Moe) -> jax.Array:
+    """Every choice is computed once, by the devices that hold its expert (`trainer.parallel.experts`). Returns [B, T, D].
 
     Padding chooses no expert.
     """
-    B, T, D = x_BTD.shape
-    K = spec.experts_per_token
-    expert_M = jnp.where(valid_BT[..., None], routing.experts, spec.experts).reshape(-1)
-    order_M = jnp.argsort(expert_M, stable=True)
-    inverse_M = jnp.argsort(order_M)
-    rows_MD = permute(jnp.broadcast_to(x_BTD[:, :, None, :], (B, T, K, D)).reshape(-1, D), order_M, inverse_M)
-    sizes_E = jnp.bincount(expert_M, length=spec.experts)
-    out_MD = permute(grouped_mlp(rows_MD, expert_M[order_M], sizes_E, experts, spec), inverse_M, order_M)
-    weights_BTK = select(valid_BT, routing.weights).astype(out_MD.dtype)
-    return einsum_float32("BTKD,BTK->BTD", out_MD.reshape(B, T, K, D), weights_BTK).astype(x_BTD.dtype)
+    choices = Choices(routing.experts, routing.weights, valid_BT)
+    arrays = {name: param[...] for name, param in experts.items()}
+
+    def combine(out_BTKD: jax.Array, weights_BTK: jax.Array) -> jax.Array:
+        return einsum_float32("BTKD,BTK->BTD", out_BTKD, weights_BTK.astype(out_BTKD.dtype)).astype(x_BTD.dtype)
+
+    expert = Expert(partial(grouped_mlp, spec=spec), combine)
+    layout = current_layout()
+    if layout is None or layout.mesh.size == 1:
+        return mix(x_BTD, choices, arrays, expert)
+    # The axes of a stacked weight begin with those of its layers.
+    placed = {name: Placed(tuple(param.axes[-param[...].ndim :]), param.path) for name, param in experts.items()}
+    return mix_over_mesh(layout, x_BTD, choices, arrays, placed, expert)
 
 
 def with_capacity(
@@ -145,24 +152,6 @@ def grouped_mlp(rows_MD: jax.Array, expert_M: jax.Array, sizes_E: jax.Array, exp
 
     hidden_MF = jnp.where(mine_M1, gated(project(rows_MD, "gate"), project(rows_MD, "up"), spec), 0)
     return jnp.where(mine_M1, project(hidden_MF, "down"), 0)
-
-
-@partial(jax.custom_vjp)
-def permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """`x[order]`; with the inverse permutation at hand its gradient is a gather too, not a scatter."""
-    del inverse
-    return x[order]
-
-
-def _permute_forward(x: jax.Array, order: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return x[order], inverse
-
-
-def _permute_backward(inverse: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None, None]:
-    return gradient[inverse], None, None
-
-
-permute.defvjp(_permute_forward, _permute_backward)
 
 
 def _plus(x: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -20,7 +20,7 @@ class Routing(NamedTuple):
     logits: jax.Array  # float32 [B, T, E]
 
 
-def route(logits_BTE: jax.Array, spec: Moe, balance_E: jax.Array | None) -> Routing:
+def route(logits_BTE: jax.Array, spec: Moe, balance_E: jax.Array | None = None) -> Routing:
     """Experts and weights of float32 logits.
 
     balance_E float32: added to the scores for the choice, not for the weight (Wang et al. 2024). Gradients pass the
