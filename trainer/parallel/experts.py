@@ -65,7 +65,7 @@ def mix_over_mesh(
     plan = _plan(layout, x_BTD.shape, weights, placed)
     body = partial(_device, plan, expert)
     tokens = plan.tokens
-    specs = (tokens, Choices(tokens, tokens, tokens), plan.specs)
+    specs = (tokens, tokens, plan.specs)
     # Without tracking of what varies over which axes, as kernels and collectives inside do not all take part in it.
     mapped = jax.shard_map(body, mesh=layout.mesh, in_specs=specs, out_specs=tokens, check_vma=False)
     return mapped(x_BTD, choices, dict(weights))
