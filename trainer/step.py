@@ -98,7 +98,7 @@ def make_term_probe(config: TrainConfig, spec: StateSpec, layout: Layout) -> Ter
             counts = counts_of(microbatch, terms)
 
             def value(params: nnx.State) -> jax.Array:
-                found = _forward(nnx.merge(model_def, params, rest), microbatch)
+                found = _forward(nnx.merge(model_def, params, rest), microbatch, model)
                 ledger = ledger_metrics(config, forward_sums(config, found, microbatch, model), model)
                 return jnp.stack([ledger[term.name] for term in terms])[number]
 
