@@ -49,7 +49,7 @@ class Backend(Protocol):
         ...
 
     def list(self) -> list[JobStatus]:
-        """The jobs of this launcher in the namespace, by name."""
+        """The jobs of this launcher and of XPK in the namespace, by name."""
         ...
 
     def scene(self, name: str) -> Scene:

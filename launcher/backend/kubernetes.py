@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Final
 
 from launcher.backend.kubernetes_api import EVENT, JOB, JOBSET, POD, Api, Patience, Resource
 from launcher.backend.kubernetes_control import hold, let_go
@@ -20,9 +19,8 @@ from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Event, JobSt
 from launcher.backend.values import mapping
 from launcher.doctor import Finding
 from launcher.errors import NotFound, Unavailable
+from launcher.manifest.names import MANAGED_BY, MANAGED_BY_LABEL, XPK_LABEL
 from launcher.spec import JobSpec
-
-MANAGED_BY: Final = "app.kubernetes.io/managed-by=nnxlaunch"
 
 
 class KubernetesBackend:
@@ -52,7 +50,7 @@ class KubernetesBackend:
         return self._status(self._jobset(name))
 
     def list(self) -> list[JobStatus]:
-        jobsets = self._api.list(JOBSET, self.namespace, labels=MANAGED_BY)
+        jobsets = [jobset for jobset in self._api.list(JOBSET, self.namespace) if _is_a_job(jobset)]
         if not jobsets:
             return []
         pods, jobs = self._children(None)
@@ -156,6 +154,12 @@ class KubernetesBackend:
             return self._api.list_whole(Resource(self._kueue, "Workload", "workloads"), self.namespace) if self._kueue else []
         except (NotFound, Unavailable):
             return []
+
+
+def _is_a_job(jobset: Manifest) -> bool:
+    """This launcher's, or one that XPK has made."""
+    labels = mapping(jobset["metadata"].get("labels"))
+    return labels.get(MANAGED_BY_LABEL) == MANAGED_BY or XPK_LABEL in labels
 
 
 def _of(name: str, children: Sequence[Manifest]) -> list[Manifest]:

@@ -21,7 +21,14 @@ DNS_SUBDOMAIN: Final = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a
 """RFC 1123 subdomain, at most 253 characters: the name of most objects."""
 LABEL_VALUE: Final = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?", re.ASCII)
 LABEL_NAME: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?", re.ASCII)
-OWN_PREFIXES: Final = ("nnxlaunch/", "app.kubernetes.io/managed-by", "jobset.sigs.k8s.io/", "kueue.x-k8s.io/", "batch.kubernetes.io/")
+OWN_PREFIXES: Final = (
+    "nnxlaunch/",
+    "xpk.google.com/workload",
+    "app.kubernetes.io/managed-by",
+    "jobset.sigs.k8s.io/",
+    "kueue.x-k8s.io/",
+    "batch.kubernetes.io/",
+)
 MAX_ANNOTATION_BYTES: Final = 262_144
 _POD_SUFFIX: Final = 5  # the random characters the Job controller appends
 _COORDINATOR: Final = (0, 0)  # job index, pod index

@@ -8,6 +8,7 @@ from typing import Final
 from launcher.doctor.finding import Finding, bad, good, warn
 from launcher.doctor.objects import Manifest, condition, each, labels_of, name_of, part
 from launcher.manifest.container import resources
+from launcher.manifest.names import XPK_QUEUE
 from launcher.manifest.pod import node_selector
 from launcher.spec import JobSpec
 
@@ -15,7 +16,6 @@ ENFORCE_LABEL: Final = "pod-security.kubernetes.io/enforce"
 LEVELS: Final = ("privileged", "baseline", "restricted")
 NEEDED_LEVEL: Final = {"restricted": "restricted", "root_no_caps": "baseline", "privileged": "privileged"}
 """The strictest Pod Security level that admits the pods of each `security`."""
-XPK_QUEUE: Final = "multislice-queue"
 XPK_CLUSTER_QUEUE: Final = "cluster-queue"
 XPK_NAMESPACE: Final = "default"
 XPK_PRIORITIES: Final = ("very-low", "low", "medium", "high", "very-high")

@@ -40,7 +40,7 @@ def explain(spec: JobSpec) -> dict[str, Any]:
         "sharding": _sharding(spec, mesh),
         "timeouts": _timeouts(spec),
         "failure": {"mode": spec.failure.mode, "exit_codes": outcomes(spec.failure)},
-        "security": {"level": spec.security, "meaning": SECURITY[spec.security]},
+        "security": {"level": spec.security, "meaning": SECURITY[spec.security], "network": _network(spec)},
     }
 
 
@@ -158,6 +158,17 @@ def _sharding(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
 
 def _layout(axes: tuple[str, ...], layout: Resolution) -> str:
     return ", ".join(f"{axis}:{'+'.join(mesh)}" if mesh else axis for axis, mesh in zip(axes, layout.spec, strict=True))
+
+
+def _network(spec: JobSpec) -> str:
+    if spec.network.host_network:
+        return (
+            "the node's own: ports are the node's, no network policy binds the pods, and GKE's Workload Identity gives them "
+            "the node's account instead of their service account"
+        )
+    if not spec.network.isolate:
+        return "the pod's own; anybody in the cluster may connect"
+    return "the pod's own; in: only pods of this job; out: those, DNS, GKE's metadata server, TCP 443"
 
 
 def _timeouts(spec: JobSpec) -> dict[str, Any]:

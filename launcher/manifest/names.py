@@ -12,6 +12,11 @@ MANAGED_BY: Final = "nnxlaunch"
 JOB_LABEL: Final = "nnxlaunch/job"
 SPEC_HASH_LABEL: Final = "nnxlaunch/spec-hash"
 
+XPK_QUEUE: Final = "multislice-queue"
+"""The LocalQueue of every cluster that XPK has made, in its namespace `default`."""
+XPK_LABEL: Final = "xpk.google.com/workload"
+"""What XPK and the dashboards made for it select jobs by."""
+
 JOBSET_NAME_LABEL: Final = "jobset.sigs.k8s.io/jobset-name"
 JOB_INDEX_LABEL: Final = "jobset.sigs.k8s.io/job-index"
 RESTART_ATTEMPT_LABEL: Final = "jobset.sigs.k8s.io/restart-attempt"
@@ -31,7 +36,8 @@ TPU_SLICE_TOPOLOGY_ANNOTATION: Final = "cloud.google.com/gke-tpu-slice-topology"
 
 def labels(spec: JobSpec) -> dict[str, str]:
     """Labels of every object of the job; the user's own come first so that ours cannot be replaced."""
-    return {**spec.labels, MANAGED_BY_LABEL: MANAGED_BY, JOB_LABEL: spec.name, SPEC_HASH_LABEL: spec.hash}
+    xpk = {XPK_LABEL: spec.name} if spec.queue is not None and spec.queue.name == XPK_QUEUE else {}
+    return {**spec.labels, **xpk, MANAGED_BY_LABEL: MANAGED_BY, JOB_LABEL: spec.name, SPEC_HASH_LABEL: spec.hash}
 
 
 def config_map(spec: JobSpec) -> str:

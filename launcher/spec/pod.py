@@ -111,10 +111,13 @@ class Resources(Node):
 
 class Network(Node):
     host_network: bool = False
-    """Use the node's own network. Faster between slices; needs `security: privileged`."""
+    """Use the node's own network, for speed between slices. Then: `security: privileged` and a namespace that allows it are
+    needed, ports are the node's, no network policy binds the pods, and GKE's Workload Identity gives them the node's
+    account instead of `service_account`."""
     subdomain: Text | None = None
     """Name of the headless service below which the pods find each other; one job each. Default: short, from the job's name."""
     coordinator_port: Annotated[int, Field(ge=1024, le=65535, strict=True)] = contract.COORDINATOR_PORT
     """Port of JAX's coordination service on the first pod."""
     isolate: bool = True
-    """Admit connections only from pods of the same job (a NetworkPolicy)."""
+    """Admit connections only from pods of the same job, and let them out only to each other, DNS, GKE's metadata server and
+    TCP 443 (a NetworkPolicy; the cluster's network plugin has to enforce it)."""

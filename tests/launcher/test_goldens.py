@@ -200,3 +200,30 @@ def test_a_movable_tag_of_a_registry_is_pulled_again_at_every_restart(image: str
 @pytest.mark.parametrize("text", ["y", "N", "on", "1e5", "12345678901234e5", "0o17", "1_000", ".5", "-m", "1:30", "null", "~", "0x1f"])
 def test_text_that_another_yaml_parser_takes_for_something_else_is_quoted(text: str) -> None:
     assert to_yaml([{"key": text}]) == f"---\nkey: '{text}'\n"
+
+
+def test_the_network_policy_lets_a_job_reach_itself_names_credentials_and_https_and_nothing_reach_it() -> None:
+    (policy,) = (manifest for manifest in render(example("v5e-16")) if manifest["kind"] == "NetworkPolicy")
+    own = {"podSelector": {"matchLabels": {"jobset.sigs.k8s.io/jobset-name": "qwen3-small"}}}
+    assert policy["spec"]["podSelector"] == own["podSelector"] and policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    assert policy["spec"]["ingress"] == [{"from": [own]}]
+    allowed = {
+        (str(peer.get("ipBlock", {}).get("cidr", "job" if peer else "all")), port.get("protocol", "all"), port.get("port", 0))
+        for rule in policy["spec"]["egress"]
+        for peer in rule.get("to", [{}])
+        for port in rule.get("ports", [{}])
+    }
+    assert allowed == {
+        ("job", "all", 0), ("all", "UDP", 53), ("all", "TCP", 53), ("all", "TCP", 443),
+        ("169.254.169.252/32", "TCP", 987), ("169.254.169.252/32", "TCP", 988),
+        ("169.254.169.254/32", "TCP", 80), ("169.254.169.254/32", "TCP", 8080),
+    }  # fmt: skip
+    assert not [manifest for manifest in render(example("v5e-16", "network.isolate=false")) if manifest["kind"] == "NetworkPolicy"]
+
+
+def test_a_job_in_the_queue_of_xpk_carries_the_label_that_xpk_selects_by() -> None:
+    label = "xpk.google.com/workload"
+    spec = example("v5e-16", "queue=multislice-queue", "priority=medium")
+    assert all(manifest["metadata"]["labels"][label] == "qwen3-small" for manifest in render(spec))
+    assert job_of(spec)["template"]["spec"]["template"]["metadata"]["labels"][label] == "qwen3-small"
+    assert label not in render(example("v5e-16", "queue=mine"))[-1]["metadata"]["labels"]
