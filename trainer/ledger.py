@@ -25,7 +25,8 @@ Statistics = dict[str, jax.Array]
 class Forward(NamedTuple):
     """What a forward pass gives the training step."""
 
-    logits: jax.Array  # float32 [B, T, V]
+    logits: jax.Array | LossSums
+    """Float32 [B, T, V]; or, where the loss is made in tiles, already its sums."""
     terms: Mapping[str, jax.Array]
     """Float32 scalars by the names of `trainer.config.terms.model_terms`, unweighted: the sum over what the term counts."""
     statistics: Statistics
@@ -51,7 +52,9 @@ def forward_sums(config: TrainConfig, forward: Forward, batch: Batch, terms: Seq
     wanted, found = sorted(term.name for term in terms), sorted(forward.terms)
     if wanted != found:
         raise ValueError(f"the config enables the model's loss terms {wanted}, the forward pass returned {found}")
-    sums = loss_sums(forward.logits, batch["targets"], batch["weights"], config.loss)
+    sums = forward.logits
+    if not isinstance(sums, LossSums):
+        sums = loss_sums(sums, batch["targets"], batch["weights"], config.loss)
     counts = counts_of(batch, terms)
     return sums._replace(
         terms={name: value.astype(jnp.float32) for name, value in forward.terms.items()},

@@ -14,7 +14,9 @@ from trainer.config.terms import Term, loss_terms, model_terms
 from trainer.config.train import TrainConfig
 from trainer.ledger import Batch, Forward, Statistics, counts_of, forward_sums, ledger_metrics, mean_loss
 from trainer.loss import LossSums
+from trainer.model import Transformer
 from trainer.model.byproducts import statistics_metrics
+from trainer.model.tiles import tiled_loss_sums
 from trainer.optim import build_schedule
 from trainer.parallel.compiler import compiler_options
 from trainer.parallel.sharding import Layout, constrain, use_layout
@@ -47,7 +49,7 @@ def make_train_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> Tra
             params, rest = (gathered(config, part) for part in parts)
 
             def forward(params: nnx.State, microbatch: Batch) -> Forward:
-                return _forward(nnx.merge(model_def, params, rest), microbatch, terms)
+                return _forward(config, nnx.merge(model_def, params, rest), microbatch, terms)
 
             sums, gradients, statistics = accumulate(config, forward, params, batch, terms, shardings)
             metrics = {
@@ -76,7 +78,7 @@ def make_eval_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> Eval
             train = nnx.merge(spec.graphdef, state)
             model_def, params = nnx.split(train.model)
             model = nnx.merge(model_def, gathered(config, params))
-            return sums + forward_sums(config, _forward(model, batch, terms), batch, terms)
+            return sums + forward_sums(config, _forward(config, model, batch, terms), batch, terms)
 
     return jax.jit(eval_step, donate_argnums=1, out_shardings=layout.replicated)
 
@@ -98,7 +100,7 @@ def make_term_probe(config: TrainConfig, spec: StateSpec, layout: Layout) -> Ter
             counts = counts_of(microbatch, terms)
 
             def value(params: nnx.State) -> jax.Array:
-                found = _forward(nnx.merge(model_def, params, rest), microbatch, model)
+                found = _forward(config, nnx.merge(model_def, params, rest), microbatch, model)
                 ledger = ledger_metrics(config, forward_sums(config, found, microbatch, model), model)
                 return jnp.stack([ledger[term.name] for term in terms])[number]
 
@@ -145,10 +147,14 @@ def accumulate(
     return sums, gradients, jax.tree.map(lambda stacked: jnp.sum(stacked, axis=0), statistics)
 
 
-def _forward(model: nnx.Module, batch: Batch, terms: Sequence[Term]) -> Forward:
-    found = model.run(batch["inputs"], batch["positions"], batch["segments"])  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+def _forward(config: TrainConfig, model: nnx.Module, batch: Batch, terms: Sequence[Term]) -> Forward:
+    assert isinstance(model, Transformer)
+    found = model.run(batch["inputs"], batch["positions"], batch["segments"])
     enabled = {term.name for term in terms}
-    return Forward(found.logits, {name: value for name, value in found.terms.items() if name in enabled}, found.statistics)
+    kept = {name: value for name, value in found.terms.items() if name in enabled}
+    if config.loss.tiles > 1:
+        return Forward(tiled_loss_sums(model, found.hidden, batch, config.loss), kept, found.statistics)
+    return Forward(model.logits(found.hidden, batch["segments"]), kept, found.statistics)
 
 
 def _microbatches(batch: Batch, count: int) -> Batch:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from trainer.config import TrainConfig
 from trainer.config.layouts import batch_shards, length_shards, stored_layout, weight_layouts
-from trainer.config.model import Block, Model, Segment
+from trainer.config.model import Block, GatedMlp, Model, Segment
+from trainer.config.remat import BlockTensor, tensors_of
 from trainer.config.rules import shard_elements
 from trainer.config.treatment import DTYPE_BYTES, trained, treatments
 from trainer.config.weights import weights
@@ -82,6 +83,9 @@ def gradient_bytes(config: TrainConfig, mesh: Mapping[str, int]) -> int:
 
 def _saved_per_token(model: Model, block: Block, length: int, tensor: int) -> int:
     """Elements a layer keeps of each token for the backward pass."""
+    if (named := tensors_of(model.remat)) is not None:
+        sizes = _named(model, block, tensor)
+        return (0 if "block_input" in named.offload else model.width) + sum(sizes[name] for name in named.keep if name != "block_input")
     match model.remat:
         case "full":
             return model.width
@@ -89,8 +93,25 @@ def _saved_per_token(model: Model, block: Block, length: int, tensor: int) -> in
             return model.width + _products(model, block, tensor)
         case "dots":
             return model.width + _products(model, block, tensor) + _scores(block, length, tensor)
-        case "none":
+        case _:
             return _none(model, block, length, tensor)
+
+
+def _named(model: Model, block: Block, tensor: int) -> dict[BlockTensor, int]:
+    """Elements of each token in the tensors that a policy can name; of a mixture, the MLP's result alone."""
+    attention, mlp = block.attention, block.mlp
+    hidden = mlp.active_hidden // tensor if isinstance(mlp, GatedMlp) else 0
+    return {
+        "block_input": model.width,
+        "query": attention.heads * attention.head_dim // tensor,
+        "key": attention.kv_heads * attention.head_dim // tensor,
+        "value": attention.kv_heads * attention.value_dim // tensor,
+        "attention": attention.heads * attention.value_dim // tensor,
+        "attention_out": model.width,
+        "mlp_gate": hidden,
+        "mlp_up": hidden,
+        "mlp_down": model.width,
+    }
 
 
 def _products(model: Model, block: Block, tensor: int) -> int:

@@ -29,6 +29,7 @@ def check_train(config: TrainConfig, *, slices: int, devices_per_slice: int, pro
         yield from model_divides(config, shape)
         yield from mesh_axes_are_used(config, shape)
         yield from kernel_fits(config, shape)
+        yield from tiles_fit(config, shape)
         yield from weights_are_split(config, shape)
     yield from rules_are_known(config)
     yield from groups_select(config)
@@ -65,6 +66,15 @@ def kernel_fits(config: TrainConfig, shape: Mapping[str, int]) -> Iterator[Probl
     if ways > 1:
         message = f"splash takes whole sequences, and the mesh splits each {ways} ways"
         yield Problem(path=path, message=message, hint="plain, or context=1", code="kernel", value=ways, limit=1)
+
+
+def tiles_fit(config: TrainConfig, shape: Mapping[str, int]) -> Iterator[Problem]:
+    """Tiles of the loss divide the tokens of a sequence that one device has."""
+    tokens = config.batch.sequence_length // length_shards(shape, config.sharding)
+    if tokens % config.loss.tiles:
+        fitting = max(n for n in range(1, config.loss.tiles + 1) if tokens % n == 0)
+        message = f"{config.loss.tiles} tiles do not divide the {tokens} tokens of a sequence that a device has"
+        yield Problem(path="loss.tiles", message=message, hint=str(fitting), code="tiles", value=config.loss.tiles, limit=tokens)
 
 
 def schedule_ends(config: TrainConfig) -> Iterator[Problem]:

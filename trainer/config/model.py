@@ -14,9 +14,9 @@ from trainer.config.attention import Attention, LatentAttention, LinearScaling, 
 from trainer.config.base import Node, PositiveFloat, PositiveInt, tag_or
 from trainer.config.mlp import BiasBalancing, Capacity, Clamp, DenseDispatch, Dropless, GatedMlp, Groups, Moe, Router
 from trainer.config.presets import expand_preset
+from trainer.config.remat import Remat, RematPolicy, RematTensors
 
 Dtype = Literal["float32", "bfloat16"]
-RematPolicy = Literal["none", "full", "minimal", "dots"]
 AttentionKernel = Literal["auto", "plain", "splash"]
 
 
@@ -60,9 +60,10 @@ class Model(Node):
     """`splash`: the Pallas kernel for TPUs, which keeps scores on the chip; on other devices it is interpreted, slowly.
     `plain`: matrix products and a softmax. `auto`: splash on TPUs where the sequence length is a multiple of 128."""
     layers: Literal["scan", "unroll"] = "scan"
-    remat: RematPolicy = "full"
-    """What the backward pass keeps of a block: nothing (`full`), matmul results without batch dims
-    (`minimal`), all matmul results (`dots`), everything (`none`)."""
+    remat: Remat = "full"
+    """What the backward pass keeps of a block: nothing (`full`), results of products with weights (`minimal`), all matmul
+    results (`dots`), everything (`none`); `minimal_with_attention` also attention's own result; the `save_` policies only some
+    of them; those that end in `offloaded` keep them in the host's memory; or tensors by name. docs/compile.md compares them."""
     initializer_stddev: PositiveFloat = 0.02
 
     @model_validator(mode="before")
@@ -87,6 +88,6 @@ class Model(Node):
 
 __all__ = [
     "Attention", "AttentionKernel", "BiasBalancing", "Block", "Capacity", "Clamp", "DenseDispatch", "Dropless", "Dtype", "GatedMlp",
-    "Groups", "LatentAttention", "LinearScaling", "Llama3Scaling", "Model", "Moe", "Norm", "RematPolicy", "Rope", "Router", "Segment",
-    "YarnScaling",
+    "Groups", "LatentAttention", "LinearScaling", "Llama3Scaling", "Model", "Moe", "Norm", "Remat", "RematPolicy", "RematTensors",
+    "Rope", "Router", "Segment", "YarnScaling",
 ]  # fmt: skip

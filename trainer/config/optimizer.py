@@ -147,6 +147,9 @@ class Loss(Node):
     P_e its mean probability in that sequence (Fedus et al. 2021; by sequence as in DeepSeek-V3), mean over the mixture layers."""
     router_z_loss_weight: NonNegativeFloat = 0.0
     """Of a mixture of experts: weight of log(sum_e exp(logit_e))^2 (Zoph et al. 2022), mean over the mixture layers."""
+    tiles: PositiveInt = 1
+    """Tiles of a sequence whose logits are computed one after another, and again in the backward pass: with a large
+    vocabulary the logits are the largest arrays of a step. 1: all at once."""
     silent_term_steps: PositiveInt = 100
     """An enabled term that is exactly zero for so many steps is an error event. Every so many steps each term's gradient
     norm is measured on one microbatch and logged; a norm of zero is an error event too."""

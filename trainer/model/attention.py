@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from trainer.config.model import Attention as AttentionSpec
 from trainer.config.model import AttentionKernel, Block, Rope
@@ -154,6 +155,11 @@ def softmax_with_sinks(scores: jax.Array, sinks_N: jax.Array | None) -> jax.Arra
     return jnp.exp(scores - jnp.logaddexp(jax.nn.logsumexp(scores, axis=-1, keepdims=True), sinks))
 
 
+def named_query_key_value(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The three as they are, under the names that rematerialisation policies use."""
+    return checkpoint_name(query, "query"), checkpoint_name(key, "key"), checkpoint_name(value, "value")
+
+
 class Attention(nnx.Module):
     """Projections, optional query/key norm, rotary embedding, attention, output projection."""
 
@@ -176,12 +182,14 @@ class Attention(nnx.Module):
         query_BTNH = constrain(query_BTNH.astype(x_BTD.dtype), QUERY_AXES)
         key_BTKH = constrain(select(context.valid, key_BTKH.astype(x_BTD.dtype)), KEY_AXES)
         value_BTKH = constrain(select(context.valid, value_BTKH), KEY_AXES)
+        query_BTNH, key_BTKH, value_BTKH = named_query_key_value(query_BTNH, key_BTKH, value_BTKH)
         seen = None if past is None else Seen(past["key"], past["value"], context.past_masks[self.spec.window])
         sinks_N = None if self.sinks is None else self.sinks[...]
         mixed_BTNH = context.attend(query_BTNH, key_BTKH, value_BTKH, self.spec, sinks_N, seen)
-        mixed_BTNH = constrain(mixed_BTNH, QUERY_AXES)
+        mixed_BTNH = checkpoint_name(constrain(mixed_BTNH, QUERY_AXES), "attention")
         products: ByProducts = {"cache": {"key": key_BTKH, "value": value_BTKH}} if context.remember else {}
-        return add_bias(jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, self.out[...]), self.out_bias), products
+        out_BTD = add_bias(jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, self.out[...]), self.out_bias)
+        return checkpoint_name(out_BTD, "attention_out"), products
 
     def project(self, x_BTD: jax.Array, kernel: nnx.Param, bias: nnx.Param | None, norm: RmsNorm | None, table: Table) -> jax.Array:
         """Queries or keys with norm and rotation applied, float32 [B, T, N or K, H]."""

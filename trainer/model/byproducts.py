@@ -17,7 +17,7 @@ from trainer.config.weights import stacked_path
 
 
 class Outputs(NamedTuple):
-    logits: jax.Array  # float32 [B, T, V]
+    hidden: jax.Array  # compute dtype [B, T, D], after the final norm
     terms: dict[str, jax.Array]
     """Float32 scalars by the names of `trainer.config.terms`, not weighted."""
     statistics: dict[str, jax.Array]

@@ -9,9 +9,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from trainer.config.model import LatentAttention as LatentSpec
-from trainer.model.attention import QUERY_AXES, ByProducts, Cache, Context, Seen
+from trainer.model.attention import QUERY_AXES, ByProducts, Cache, Context, Seen, named_query_key_value
 from trainer.model.layers import Params, RmsNorm, add_bias, select, under
 from trainer.model.rope import rotate
 from trainer.parallel.sharding import constrain
@@ -35,10 +36,12 @@ class LatentAttention(nnx.Module):
         query_BTNH = constrain(self.queries(x_BTD, context), QUERY_AXES)
         present = self.latent(x_BTD, context)
         seen = None if past is None else Seen(*self.keys_and_values(past), context.past_masks[self.spec.window])
-        mixed_BTNV = context.attend(query_BTNH, *self.keys_and_values(present), self.spec, None, seen)
-        mixed_BTNV = constrain(mixed_BTNV, QUERY_AXES)
+        query_BTNH, key_BSNH, value_BSNV = named_query_key_value(query_BTNH, *self.keys_and_values(present))
+        mixed_BTNV = context.attend(query_BTNH, key_BSNH, value_BSNV, self.spec, None, seen)
+        mixed_BTNV = checkpoint_name(constrain(mixed_BTNV, QUERY_AXES), "attention")
         products: ByProducts = {"cache": present} if context.remember else {}
-        return add_bias(jnp.einsum("BTNV,NVD->BTD", mixed_BTNV, self.out[...]), self.out_bias), products
+        out_BTD = add_bias(jnp.einsum("BTNV,NVD->BTD", mixed_BTNV, self.out[...]), self.out_bias)
+        return checkpoint_name(out_BTD, "attention_out"), products
 
     def queries(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         """Scaled queries in the dtype of `x`, [B, T, N, H]."""

@@ -12,6 +12,7 @@ from typing import Final
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from trainer.config.model import Clamp, GatedMlp, Moe
 from trainer.config.model import Norm as NormSpec
@@ -94,10 +95,10 @@ class Mlp(nnx.Module):
         self.gate_bias, self.up_bias, self.down_bias = params.get("gate_bias"), params.get("up_bias"), params.get("down_bias")
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF = add_bias(jnp.einsum("BTD,DF->BTF", x_BTD, self.gate[...]), self.gate_bias)
-        up_BTF = add_bias(jnp.einsum("BTD,DF->BTF", x_BTD, self.up[...]), self.up_bias)
+        gate_BTF = checkpoint_name(add_bias(jnp.einsum("BTD,DF->BTF", x_BTD, self.gate[...]), self.gate_bias), "mlp_gate")
+        up_BTF = checkpoint_name(add_bias(jnp.einsum("BTD,DF->BTF", x_BTD, self.up[...]), self.up_bias), "mlp_up")
         hidden_BTF = constrain(gated(gate_BTF, up_BTF, self.spec), ("batch", "length", "act_mlp"))
-        return add_bias(jnp.einsum("BTF,FD->BTD", hidden_BTF, self.down[...]), self.down_bias)
+        return checkpoint_name(add_bias(jnp.einsum("BTF,FD->BTD", hidden_BTF, self.down[...]), self.down_bias), "mlp_down")
 
 
 def gated(gate: jax.Array, up: jax.Array, spec: GatedMlp | Moe) -> jax.Array:

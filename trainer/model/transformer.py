@@ -5,12 +5,13 @@ B sequences, T tokens, N = B x T rows, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from trainer.config.model import Attention as AttentionSpec
 from trainer.config.model import Block as BlockSpec
@@ -22,19 +23,13 @@ from trainer.model.byproducts import Outputs, advance_bias, mixture_sums
 from trainer.model.latent import LatentAttention
 from trainer.model.layers import Mlp, Params, RmsNorm, einsum_float32, lookup, select, under
 from trainer.model.moe import MixtureOfExperts
+from trainer.model.remat import policy_of
 from trainer.model.stages import run_stages
 from trainer.parallel.sharding import constrain
 
 NORMS: Final = ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
 METADATA: Final = ("path", "axes", "init", "inputs", "batch", "exact", "first_repeat")
 HIDDEN_AXES: Final = ("batch", "act_length", "act_embed")
-
-# What the backward pass keeps of a block; the block's input is always kept.
-REMAT: Final[dict[str, Callable[..., bool]]] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-}
 
 
 class Block(nnx.Module):
@@ -50,6 +45,7 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, context: Context, past: Cache | None = None) -> tuple[jax.Array, ByProducts]:
         """past: what the layer's attention remembers of the tokens before these."""
+        x_BTD = checkpoint_name(x_BTD, "block_input")
         x_BTD = select(context.valid, constrain(x_BTD, HIDDEN_AXES))
         mixed_BTD, products = self.attention(normed(self.attention_norm, x_BTD), context, past)
         x_BTD = x_BTD + normed(self.attention_post_norm, mixed_BTD)
@@ -62,7 +58,7 @@ class Block(nnx.Module):
             return self.mlp(x_BTD), {}
         # A step of decoding sees a part of the sequence: what another part leaves no room for must not depend on it.
         y_BTD, routed = self.mlp(x_BTD, context.valid, dropless=context.remember)
-        return y_BTD, {} if context.remember else {"moe": routed}
+        return checkpoint_name(y_BTD, "mlp_down"), {} if context.remember else {"moe": routed}
 
 
 def normed(norm: RmsNorm | None, x: jax.Array) -> jax.Array:
@@ -89,9 +85,9 @@ class Transformer(nnx.Module):
         return self.logits(self.hidden(tokens_BT, positions_BT, segments_BT), segments_BT)
 
     def run(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> Outputs:
-        """Logits as of a call, and what its layers say beside them. Arguments as of a call."""
+        """What `hidden` returns, and what the layers say beside it. Arguments as of a call."""
         x_BTD, products = self.forward(tokens_BT, self.context(positions_BT, segments_BT))
-        return Outputs(self.logits(x_BTD, segments_BT), *mixture_sums(self.spec, products))
+        return Outputs(x_BTD, *mixture_sums(self.spec, products))
 
     def advance(self, statistics: Mapping[str, jax.Array]) -> None:
         """Moves what no gradient moves: the routers' balancing biases, by the statistics of a whole step's batch."""
@@ -137,7 +133,7 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, list[Any]]:
         """The segment whose first repeats are a pipeline; by-products as of `run_segment`."""
         blocks = nnx.List([position["pipeline"] for position in positions])
-        policy = None if self.spec.remat == "none" else REMAT[self.spec.remat]
+        policy = policy_of(self.spec.remat)
         rows = {"positions": context.positions, "segments": context.segments}
         x_BTD, products = run_stages(self.spec, segment, blocks, x_BTD, rows, plan, policy=policy, axes=HIDDEN_AXES)
         if self.spec.layers == "unroll":
@@ -176,7 +172,8 @@ class Transformer(nnx.Module):
         return x_BTD, products
 
     def run_block(self, block: Block, x_BTD: jax.Array, context: Context, past: Cache | None = None) -> tuple[jax.Array, ByProducts]:
-        if self.spec.remat == "none" or context.remember:  # what is remembered is never differentiated
+        policy = policy_of(self.spec.remat)
+        if policy is None or context.remember:  # what is remembered is never differentiated
             return block(x_BTD, context, past)
         graphdef, params = nnx.split(block)
 
@@ -185,7 +182,7 @@ class Transformer(nnx.Module):
 
         # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
         in_scan = self.spec.layers == "scan"
-        return jax.checkpoint(pure, policy=REMAT[self.spec.remat], prevent_cse=not in_scan)(params, x_BTD)
+        return jax.checkpoint(pure, policy=policy, prevent_cse=not in_scan)(params, x_BTD)
 
     def split(self, blocks: nnx.List) -> tuple[nnx.GraphDef[nnx.List], nnx.State]:
         """Graph and parameters, matmul kernels in compute dtype and still laid out as stored.
@@ -205,17 +202,25 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
         """Unnormalised log probabilities of the next token, float32 [B, T, V], of what `hidden` returns."""
+        kernel, axes, path = self.head_kernel()
+        return constrain(self.project(x_BTD, segments_BT, constrain(kernel, axes, path)), ("batch", "length", "act_vocab"))
+
+    def head_kernel(self) -> tuple[jax.Array, tuple[str, ...], str]:
+        """The weight that makes logits in compute dtype, [D, V] or, where it is the embedding, [V, D]; its logical axes and path."""
+        param = self.embed["table"] if self.spec.tie_embeddings else self.head["kernel"]
+        return param[...].astype(self.spec.compute_dtype), param.axes, param.path
+
+    def project(self, x_BTD: jax.Array, segments_BT: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Logits [B, T, V] of hidden states with the weight of `head_kernel`."""
         x_BTD = select(segments_BT != 0, x_BTD)
         # One matrix of rows: over [B, T, D], XLA on CPU writes a transposed copy of all logits for the kernel's gradient.
         x_ND = x_BTD.reshape(-1, self.spec.width)
-        kernel, subscripts = (self.embed["table"], "ND,VD->NV") if self.spec.tie_embeddings else (self.head["kernel"], "ND,DV->NV")
         with jax.default_matmul_precision(self.spec.matmul_precision):
-            weights = constrain(kernel[...].astype(x_ND.dtype), kernel.axes, kernel.path)
-            logits_NV = einsum_float32(subscripts, x_ND, weights)
+            logits_NV = einsum_float32("ND,VD->NV" if self.spec.tie_embeddings else "ND,DV->NV", x_ND, kernel)
         logits_BTV = logits_NV.reshape(*x_BTD.shape[:2], self.spec.vocab_size)
-        if self.spec.head_soft_cap is not None:
-            logits_BTV = self.spec.head_soft_cap * jnp.tanh(logits_BTV / self.spec.head_soft_cap)
-        return constrain(logits_BTV, ("batch", "length", "act_vocab"))
+        if self.spec.head_soft_cap is None:
+            return logits_BTV
+        return self.spec.head_soft_cap * jnp.tanh(logits_BTV / self.spec.head_soft_cap)
 
 
 def create_abstract_model(model: Model, pipeline: PipelinePlan | None = None) -> Transformer:

@@ -1,8 +1,9 @@
-"""Functions of what a device holds, for what the partitioner cannot split by itself: Pallas kernels."""
+"""Functions of what a device holds, for what the partitioner does not split well by itself: Pallas kernels, loops over one weight."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
@@ -25,7 +26,7 @@ def mesh_axes_of(axes: Axes, shape: Sequence[int], dim: int) -> tuple[str, ...]:
         return ()
     spec = layout.spec(axes, shape)
     entry = spec[dim] if dim < len(spec) else None  # a spec leaves out what follows its last split dim
-    return (entry,) if isinstance(entry, str) else entry or ()
+    return _names(entry)
 
 
 def map_shards(function: Callable[..., jax.Array], arrays: Sequence[jax.Array | None], axes: Sequence[Axes], *, like: int) -> jax.Array:
@@ -39,3 +40,35 @@ def map_shards(function: Callable[..., jax.Array], arrays: Sequence[jax.Array | 
     specs = tuple(PartitionSpec() if array is None else layout.spec(names, array.shape) for array, names in zip(arrays, axes, strict=True))
     # Its checker has no rule for a Pallas call.
     return jax.shard_map(function, mesh=layout.mesh, in_specs=specs, out_specs=specs[like], check_vma=False)(*arrays)
+
+
+def sum_over_batch_shards(
+    function: Callable[..., Any], weight: jax.Array, weight_axes: Axes, path: str, rows: Sequence[jax.Array], row_axes: Axes
+) -> Any:
+    """The sum of `function(weight, *rows)`, a tree of scalars, over the parts of the batch that devices hold.
+
+    rows: arrays [B, T, ...]; row_axes: logical axes of their first two dims. The weight, whose `path` rules may be attached
+    to, is gathered once over the mesh axes that split the batch, and its gradient is summed and scattered once, whatever
+    the function does with it. Mesh axes that do not split the batch are left to the partitioner.
+    """
+    layout = current_layout()
+    if layout is None or layout.mesh.size == 1:
+        return function(weight, *rows)
+    spec = layout.spec(row_axes, rows[0].shape[:2])
+    manual = {axis for entry in spec for axis in _names(entry)}
+    if not manual:
+        return function(weight, *rows)
+    split = [tuple(axis for axis in _names(entry) if axis in manual) for entry in layout.spec(weight_axes, weight.shape, path)]
+
+    def inside(weight: jax.Array, *rows: jax.Array) -> Any:
+        for dim, axes in enumerate(split):
+            weight = jax.lax.all_gather(weight, axes, axis=dim, tiled=True) if axes else weight
+        return jax.lax.psum(function(weight, *rows), tuple(manual))
+
+    specs = (PartitionSpec(*(axes or None for axes in split)), *(spec for _ in rows))
+    mapped = jax.shard_map(inside, mesh=layout.mesh, in_specs=specs, out_specs=PartitionSpec(), axis_names=manual, check_vma=False)
+    return mapped(weight, *rows)
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
