@@ -72,11 +72,18 @@ class Backend(Protocol):
         """The status now and after each change; ends once the job is finished or the time is over. Raises NotFound."""
         ...
 
-    def logs(self, name: str, *, follow: bool = False, slice_index: int | None = None, worker: int | None = None) -> Iterator[LogLine]:
-        """Lines of the trainer containers, oldest attempt first; None means all slices, all workers.
+    def logs(
+        self, name: str, *, follow: bool = False, slice_index: int | None = None, worker: int | None = None,
+        since_seconds: float | None = None,
+    ) -> Iterator[LogLine]:  # fmt: skip
+        """Lines of the trainer containers by time, oldest attempt first; None means all slices, all workers, from the beginning.
 
         With `follow` this goes on over restarts until the job is finished. Raises NotFound.
         """
+        ...
+
+    def run_directory(self, name: str) -> str:
+        """Where the trainer keeps checkpoints, metrics and logs, as its pods call it; empty for a job that has none. Raises NotFound."""
         ...
 
     def events(self, name: str) -> Sequence[Event]:

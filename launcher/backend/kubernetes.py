@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
+from typing import Final
 
-from launcher.backend.kubernetes_api import EVENT, JOB, JOBSET, POD, Api, Patience, Resource
+from launcher.backend.kubernetes_api import CONFIG_MAP, EVENT, JOB, JOBSET, POD, Api, Patience, Resource
 from launcher.backend.kubernetes_control import hold, let_go
 from launcher.backend.kubernetes_doctor import Doctor
 from launcher.backend.kubernetes_errors import TemporarilyUnavailable
 from launcher.backend.kubernetes_login import log_in
-from launcher.backend.kubernetes_logs import LOOK_SECONDS, PATIENCE_SECONDS, Selection, follow_logs, read_logs
+from launcher.backend.kubernetes_logs import LOOK_SECONDS, PATIENCE_SECONDS, follow_logs, read_logs, since_time
 from launcher.backend.kubernetes_queue import GROUP, queued_status, workload_of
 from launcher.backend.kubernetes_scene import SceneReader
 from launcher.backend.kubernetes_submit import Submission
 from launcher.backend.scene import Scene, event_of, own_events
+from launcher.backend.selection import Selection
 from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Event, JobState, JobStatus, LogLine, Manifest, job_status
 from launcher.backend.values import mapping
 from launcher.doctor import Finding
 from launcher.errors import NotFound, Unavailable
 from launcher.manifest.names import MANAGED_BY, MANAGED_BY_LABEL, XPK_LABEL
 from launcher.spec import JobSpec
+from trainer.contract import CONFIG_FILE
+
+CONFIG_VOLUME: Final = "config"
 
 
 class KubernetesBackend:
@@ -115,9 +121,22 @@ class KubernetesBackend:
                     raise
                 time.sleep(patience.pause(error))
 
-    def logs(self, name: str, *, follow: bool = False, slice_index: int | None = None, worker: int | None = None) -> Iterator[LogLine]:
+    def logs(
+        self, name: str, *, follow: bool = False, slice_index: int | None = None, worker: int | None = None,
+        since_seconds: float | None = None,
+    ) -> Iterator[LogLine]:  # fmt: skip
         self._jobset(name)
-        return (follow_logs if follow else read_logs)(self._api, self.namespace, name, Selection(slice_index=slice_index, worker=worker))
+        since = None if since_seconds is None else since_time(since_seconds)
+        selection = Selection(slice_index=slice_index, worker=worker, since=since)
+        return (follow_logs if follow else read_logs)(self._api, self.namespace, name, selection)
+
+    def run_directory(self, name: str) -> str:
+        for mount in self._jobset(name)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"].get("volumes", []):
+            config = mapping(mount.get("configMap")).get("name")
+            if mount["name"] == CONFIG_VOLUME and config:
+                document = mapping(self._api.get(CONFIG_MAP, self.namespace, config).get("data")).get(CONFIG_FILE, "{}")
+                return str(json.loads(document).get("run_directory", ""))
+        return ""
 
     def events(self, name: str) -> Sequence[Event]:
         return [event_of(raw) for raw in own_events(self._jobset(name), self._api.list(EVENT, self.namespace))]

@@ -84,6 +84,39 @@ class Api:
         parameters = {"label_selector": labels, "field_selector": fields}
         return self._json("get", resource.path(namespace), f"list {resource.plural}", **parameters)["items"]
 
+    def list_at(self, resource: Resource, namespace: str, *, labels: str | None = None) -> tuple[list[Manifest], str]:
+        """All of them, and the version of the whole from which `changes` goes on."""
+        page = self._json("get", resource.path(namespace), f"list {resource.plural}", label_selector=labels)
+        return page["items"], page["metadata"]["resourceVersion"]
+
+    def changes(
+        self, resource: Resource, namespace: str, version: str, *, labels: str | None = None, timeout_seconds: float
+    ) -> Iterator[Manifest]:
+        """Each object as it changes after `version`, deleted ones too, for that long or until the server ends it: look again then."""
+        response = self._request(
+            "get",
+            resource.path(namespace),
+            f"watch {resource.plural}",
+            label_selector=labels,
+            resource_version=version,
+            timeout_seconds=max(1, round(timeout_seconds)),
+            watch=True,
+            _request_timeout=(CONNECT_SECONDS, timeout_seconds + READ_SECONDS),
+        )
+        rest = b""
+        try:
+            for chunk in response.stream():
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    event = json.loads(line)
+                    if event["type"] == "ERROR":  # the version is too old
+                        return
+                    yield event["object"]
+        except urllib3.exceptions.HTTPError:
+            pass  # the stream was cut
+        finally:
+            response.close()
+
     def read(self, path: str, doing: str) -> Manifest:
         """What is served at `path`; `doing` completes "cannot ..."."""
         return self._json("get", path, doing)

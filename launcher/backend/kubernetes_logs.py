@@ -1,43 +1,48 @@
-"""Log lines of a job's pods: what there is, or followed over restarts, with one thread a pod."""
+"""Log lines of a job's pods: what there is, merged by time, or followed over restarts, with one thread a pod."""
 
 from __future__ import annotations
 
+import heapq
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from launcher.backend.kubernetes_api import JOBSET, POD, Api, Patience
 from launcher.backend.kubernetes_errors import TemporarilyUnavailable
+from launcher.backend.selection import Selection
 from launcher.backend.status import JOBSET_NAME_LABEL, LogLine, Manifest, PodStatus, job_status, pod_status
 from launcher.errors import NotFound, Unavailable
 from trainer.contract import CONTAINER_NAME
 
 LOOK_SECONDS: Final = 5.0
 PATIENCE_SECONDS: Final = 300.0
-_QUEUED_LINES: Final = 10_000
+QUEUED_LINES: Final = 10_000
+"""Lines that wait for a slow reader; then the streams, and with them the kubelets, wait too."""
+ORDER_SECONDS: Final = 0.2
+"""Lines of different pods that arrive within this time are put in order."""
+OPEN_AT_ONCE: Final = 64
+"""Streams that are merged by time; the pods of a larger job are read group by group."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """Whose lines; None means all."""
-
-    slice_index: int | None = None
-    worker: int | None = None
-
-    def __contains__(self, pod: PodStatus) -> bool:
-        return self.slice_index in (None, pod.slice_index) and self.worker in (None, pod.worker)
+_Stamped = tuple[bytes, LogLine]
 
 
 def read_logs(api: Api, namespace: str, name: str, selection: Selection) -> Iterator[LogLine]:
-    """The lines there are now, pod by pod, the oldest attempt first."""
-    for pod in sorted(_started(api, namespace, name, selection), key=lambda pod: (pod.attempt, pod.slice_index, pod.worker)):
-        try:
-            for raw in api.log(namespace, pod.name, container=CONTAINER_NAME, follow=False):
-                yield _line(pod, raw.partition(b" ")[2])
-        except NotFound:
-            continue  # deleted meanwhile
+    """The lines there are now, by time, the oldest attempt first."""
+    pods = sorted(_started(api, namespace, name, selection), key=lambda pod: (pod.attempt, pod.slice_index, pod.worker))
+    groups: list[list[PodStatus]] = []
+    for pod in pods:
+        if not groups or groups[-1][0].attempt != pod.attempt or len(groups[-1]) == OPEN_AT_ONCE:
+            groups.append([])
+        groups[-1].append(pod)
+    for group in groups:
+        streams = [_lines(api, namespace, pod, selection) for pod in group]
+        for _, line in heapq.merge(*streams, key=lambda stamped: stamped[0]):
+            yield line
 
 
 def follow_logs(api: Api, namespace: str, name: str, selection: Selection) -> Iterator[LogLine]:
@@ -46,12 +51,19 @@ def follow_logs(api: Api, namespace: str, name: str, selection: Selection) -> It
     threading.Thread(target=following.scout, name=f"logs of {name}", daemon=True).start()
     try:
         while True:
-            item = following.lines.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
+            ended = False
+            batch: list[_Stamped] = []
+            for item in following.next_batch():
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    ended = True
+                else:
+                    batch.append(item)
+            for _, line in sorted(batch, key=lambda stamped: stamped[0]):
+                yield line
+            if ended:
                 return
-            yield item
     finally:
         following.stop.set()
 
@@ -64,24 +76,37 @@ class _Following:
     namespace: str
     name: str
     selection: Selection
-    lines: queue.Queue[LogLine | Exception | None] = field(default_factory=lambda: queue.Queue(_QUEUED_LINES))
+    lines: queue.Queue[_Stamped | Exception | None] = field(default_factory=lambda: queue.Queue(QUEUED_LINES))
     stop: threading.Event = field(default_factory=threading.Event)
+    readers: dict[str, threading.Thread] = field(default_factory=dict[str, threading.Thread])
+
+    def next_batch(self) -> Iterator[_Stamped | Exception | None]:
+        """Waits for a line; then all that come within a moment of it."""
+        yield self.lines.get()
+        until = time.monotonic() + ORDER_SECONDS
+        for _ in range(QUEUED_LINES):
+            try:
+                yield self.lines.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                return
 
     def scout(self) -> None:
-        """Give each pod that starts a reader; when the job is over and all is read, end the queue."""
-        readers: dict[str, threading.Thread] = {}
+        """Give each pod that starts a reader at once; when the job is over and all is read, end the queue."""
         patience = Patience(PATIENCE_SECONDS)
+        labels = f"{JOBSET_NAME_LABEL}={self.name}"
         try:
             while not self.stop.is_set():
                 try:
                     jobset = self.api.get(JOBSET, self.namespace, self.name)
-                    for pod in _started(self.api, self.namespace, self.name, self.selection):
-                        if pod.name not in readers:
-                            readers[pod.name] = threading.Thread(target=self._guard(self._read), args=(pod,), daemon=True)
-                            readers[pod.name].start()
+                    pods, version = self.api.list_at(POD, self.namespace, labels=labels)
+                    for pod in pods:
+                        self._attend(pod)
                     if job_status(jobset, []).state.finished:
                         break
-                    self.api.wait_for_change(JOBSET, jobset, timeout_seconds=LOOK_SECONDS)
+                    for pod in self.api.changes(POD, self.namespace, version, labels=labels, timeout_seconds=LOOK_SECONDS):
+                        self._attend(pod)
+                        if self.stop.is_set():
+                            return
                     patience.good()
                 except TemporarilyUnavailable as error:
                     self.stop.wait(patience.pause(error))
@@ -89,21 +114,33 @@ class _Following:
             pass  # the job was deleted: what its pods still say is read
         except Unavailable as error:
             self._put(error)
-        for reader in readers.values():
+        for reader in self.readers.values():
             reader.join()
         self._put(None)
 
+    def _attend(self, manifest: Manifest) -> None:
+        pod = pod_status(manifest)
+        if pod.name not in self.readers and pod in self.selection and pod.started_at is not None:
+            self.readers[pod.name] = threading.Thread(target=self._guard(self._read), args=(pod,), daemon=True)
+            self.readers[pod.name].start()
+
     def _read(self, pod: PodStatus) -> None:
         """All lines of one container, over cut connections, each once."""
-        patience, last = Patience(PATIENCE_SECONDS), b""
+        patience, last, told = Patience(PATIENCE_SECONDS), b"", 0
         while not self.stop.is_set():
             try:
                 ended = pod_status(self.api.get(POD, self.namespace, pod.name)).finished_at is not None
-                for raw in self.api.log(self.namespace, pod.name, container=CONTAINER_NAME, follow=True, since=last.decode() or None):
-                    time, _, text = raw.partition(b" ")
-                    if time > last:  # a resumed stream begins with the whole second that it stopped in
-                        last = time
-                        self._put(_line(pod, text))
+                since = last.decode() or self.selection.since
+                again = told  # a resumed stream begins with the whole second that it stopped in
+                for raw in self.api.log(self.namespace, pod.name, container=CONTAINER_NAME, follow=True, since=since):
+                    stamp, _, text = raw.partition(b" ")
+                    if stamp < last or not _is_time(stamp):
+                        continue
+                    if stamp == last and again:
+                        again -= 1
+                        continue
+                    last, told = stamp, (told + 1 if stamp == last else 1)
+                    self._put((stamp, _line(pod, text)))
                 if ended:
                     return
                 patience.good()
@@ -121,7 +158,7 @@ class _Following:
 
         return run
 
-    def _put(self, item: LogLine | Exception | None) -> None:
+    def _put(self, item: _Stamped | Exception | None) -> None:
         while not self.stop.is_set():
             try:
                 return self.lines.put(item, timeout=1.0)
@@ -129,9 +166,27 @@ class _Following:
                 continue
 
 
+def since_time(seconds: float) -> str:
+    """As the API wants the beginning of a log: RFC 3339, whole seconds."""
+    return (datetime.now(UTC) - timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _lines(api: Api, namespace: str, pod: PodStatus, selection: Selection) -> Iterator[_Stamped]:
+    with suppress(NotFound):  # deleted meanwhile
+        for raw in api.log(namespace, pod.name, container=CONTAINER_NAME, follow=False, since=selection.since):
+            stamp, _, text = raw.partition(b" ")
+            if _is_time(stamp):
+                yield stamp, _line(pod, text)
+
+
+def _is_time(stamp: bytes) -> bool:
+    """Not so for the kubelet's own words in the place of a log, such as `unable to retrieve container logs for ...`."""
+    return stamp[:4].isdigit()
+
+
 def _started(api: Api, namespace: str, name: str, selection: Selection) -> list[PodStatus]:
     """The selected pods whose container has run or runs."""
-    pods: list[Manifest] = api.list(POD, namespace, labels=f"{JOBSET_NAME_LABEL}={name}")
+    pods: list[Manifest] = api.list_whole(POD, namespace, labels=f"{JOBSET_NAME_LABEL}={name}")
     return [pod for pod in map(pod_status, pods) if pod in selection and pod.started_at is not None]
 
 

@@ -120,13 +120,21 @@ class LocalBackend:
                 return
             time.sleep(LOOK_SECONDS)
 
-    def logs(self, name: str, *, follow: bool = False, slice_index: int | None = None, worker: int | None = None) -> Iterator[LogLine]:
+    def logs(
+        self, name: str, *, follow: bool = False, slice_index: int | None = None, worker: int | None = None,
+        since_seconds: float | None = None,
+    ) -> Iterator[LogLine]:  # fmt: skip
+        if since_seconds is not None:
+            raise Unavailable("the logs of a local job have no times", hint="leave --since out")
         folder = self._folder(name)
 
         def over() -> bool:
             return folder.supervisor() is None
 
         return log_lines(folder, follow=follow, slice_index=slice_index, worker=worker, over=over)
+
+    def run_directory(self, name: str) -> str:
+        return self.get(name).annotations.get(RUN_DIRECTORY_ANNOTATION, "")
 
     def events(self, name: str) -> Sequence[Event]:
         return self._folder(name).read().events

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
-from launcher.backend import BackendKind
-from launcher.cli.options import BackendChoice, Context, JobName, Kubeconfig, Namespace
+from launcher.backend import Backend, BackendKind, JobStatus, LogLine
+from launcher.cli.options import BackendChoice, Context, JobName, Kubeconfig, Namespace, duration
 
 EXAMPLES = """  nnxlaunch logs my-run                        every line there is: [slice/worker attempt] text
   nnxlaunch logs my-run -f                     follow it over restarts until it ends
   nnxlaunch logs my-run --slice 0 --worker 1   one host
+  nnxlaunch logs my-run --previous             of the attempt before this one, from the run directory
+  nnxlaunch logs my-run --since 10m --grep 'error|warning'
 """
+
+HOSTS_SHOWN = 32
+COLOURS = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)
 
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on, over restarts, until the job has ended.")]
 OneSlice = Annotated[int | None, typer.Option("--slice", min=0, help="Only this slice.")]
 OneWorker = Annotated[int | None, typer.Option("--worker", min=0, help="Only this worker of each slice.")]
+All = Annotated[bool, typer.Option("--all", help=f"Of all hosts, also where there are more than {HOSTS_SHOWN}.")]
+Previous = Annotated[bool, typer.Option("--previous", help="Of the attempt before this one; its pods are gone, the run directory has it.")]
+Since = Annotated[
+    float | None, typer.Option("--since", metavar="TIME", parser=duration, help="Only lines of the last seconds, or such as 10m or 2h.")
+]
+Grep = Annotated[str, typer.Option("--grep", metavar="REGEX", help="Only lines that match.")]
 
 
 def command(
@@ -26,19 +39,59 @@ def command(
     follow: Follow = False,
     slice_index: OneSlice = None,
     worker: OneWorker = None,
+    everything: All = False,
+    previous: Previous = False,
+    since: Since = None,
+    grep: Grep = "",
     backend: BackendChoice = BackendKind.KUBERNETES,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Print or follow the logs of a job, of all hosts unless told otherwise."""
+    """Print or follow the logs of a job: of all hosts, of a job with more than 32 of process 0, unless told otherwise.
+
+    Lines of the hosts are in the order of their times. Colour only on a terminal.
+    """
     from launcher.cli.backends import connect, job
 
-    target = connect(backend, context=context, kubeconfig=kubeconfig, namespace=namespace, name=name)
-    job(target, backend, name)
+    if previous and (follow or since is not None):
+        raise typer.BadParameter("--previous goes with neither --follow nor --since: an attempt that has ended is read whole")
     try:
-        for line in target.logs(name, follow=follow, slice_index=slice_index, worker=worker):
-            print(line.prefix, line.text, flush=follow)
+        wanted = re.compile(grep)
+    except re.error as error:
+        raise typer.BadParameter(f"--grep {grep!r} is no regular expression: {error}") from None
+    target = connect(backend, context=context, kubeconfig=kubeconfig, namespace=namespace, name=name)
+    status = job(target, backend, name)
+    if slice_index is None and worker is None and not everything and status.hosts > HOSTS_SHOWN:
+        slice_index = worker = 0
+        print(f"{status.hosts} hosts: this is process 0 (slice 0, worker 0); the others: --slice, --worker, --all", file=sys.stderr)
+    if previous:
+        lines = _previous(target, status, slice_index, worker)
+    else:
+        lines = target.logs(name, follow=follow, slice_index=slice_index, worker=worker, since_seconds=since)
+    _print(lines, wanted, follow=follow)
+
+
+def _previous(target: Backend, status: JobStatus, slice_index: int | None, worker: int | None) -> Iterator[LogLine]:
+    from launcher.backend.selection import Selection
+    from launcher.errors import NotFound
+    from launcher.observe.kept_logs import kept_lines
+
+    if status.attempt == 0:
+        raise NotFound(f"{status.name} has had no attempt before this one", hint=f"nnxlaunch logs {status.name}")
+    directory = target.run_directory(status.name)
+    if not directory:
+        raise NotFound(f"{status.name} has no run directory on record, so nothing is kept of pods that are gone")
+    return kept_lines(directory, status.attempt - 1, Selection(slice_index=slice_index, worker=worker))
+
+
+def _print(lines: Iterator[LogLine], wanted: re.Pattern[str], *, follow: bool) -> None:
+    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    try:
+        for line in lines:
+            if wanted.search(line.text):
+                colour = COLOURS[(line.slice_index * 7 + line.worker) % len(COLOURS)]
+                print(f"\x1b[{colour}m{line.prefix}\x1b[0m" if coloured else line.prefix, line.text, flush=follow)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

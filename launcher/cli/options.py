@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,14 @@ class Output(StrEnum):
     TABLE = "table"
     JSON = "json"
     YAML = "yaml"
+
+
+def duration(text: str) -> float:
+    """Seconds of `90s`, `10m`, `2h`, `1d` or a bare number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
+    if not match:
+        raise typer.BadParameter("a number of seconds, or such as 90s, 10m, 2h, 1d")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]
 
 
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The job spec, a YAML file; `-` reads standard input.")]

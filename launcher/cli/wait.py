@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from typing import Annotated
 
 import typer
 
 from launcher.backend import BackendKind
-from launcher.cli.options import BackendChoice, Context, JobName, Kubeconfig, Namespace
+from launcher.cli.options import BackendChoice, Context, JobName, Kubeconfig, Namespace, duration
 
 EXAMPLES = """  nnxlaunch wait my-run --timeout 2h && nnxlaunch status my-run
 """
 
-_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
-
-
-def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
-    if not match:
-        raise typer.BadParameter("a number of seconds, or such as 90s, 10m, 2h, 1d")
-    return float(match[1]) * _UNITS[match[2]]
-
-
 Timeout = Annotated[
-    float | None, typer.Option("--timeout", metavar="TIME", parser=_seconds, help="Give up after this long: seconds, or such as 10m or 2h.")
+    float | None, typer.Option("--timeout", metavar="TIME", parser=duration, help="Give up after this long: seconds, or such as 10m or 2h.")
 ]
 
 

@@ -81,7 +81,9 @@ def test_a_process_finds_what_a_pod_would_find(backend: LocalBackend, tmp_path: 
     assert not any(b"s3cret-value" in content for content in written)
 
 
-def test_preemption_is_free_a_crash_is_counted_and_the_logs_of_all_attempts_can_be_followed(backend: LocalBackend, tmp_path: Path) -> None:
+def test_preemption_is_free_a_crash_is_counted_and_the_logs_of_all_attempts_can_be_followed(
+    backend: LocalBackend, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     program = ATTEMPT + "print('attempt', attempt); sys.exit([75, 134, 0][attempt])"
     assert backend.create(manifests(tmp_path, program, hosts=2, failure={"max_restarts": 1})).attempt == 0
     followed = {(line.attempt, line.worker, line.text) for line in backend.logs("job", follow=True)}
@@ -90,6 +92,15 @@ def test_preemption_is_free_a_crash_is_counted_and_the_logs_of_all_attempts_can_
     assert {(2, 0, "attempt 2"), (2, 1, "attempt 2")} <= followed and {attempt for attempt, _, _ in followed} == {0, 1, 2}
     restarts = [event.reason for event in backend.events("job") if event.reason.endswith("FailurePolicyAction")]
     assert restarts == ["RestartJobSetAndIgnoreMaxRestartsFailurePolicyAction", "RestartJobSetFailurePolicyAction"]
+    kept = Path(backend.run_directory("job"), "logs")  # where a trainer would have kept them
+    kept.mkdir(parents=True)
+    (kept / "attempt-1.slice-0.worker-1.log").write_text("its last words\n")
+    capsys.readouterr()
+    assert command("logs", "job", "--previous") == 0
+    assert capsys.readouterr().out == "[s0/w1 a1] its last words\n"
+    assert command("logs", "job", "--grep", "attempt [02]", "--worker", "0") == 0
+    assert capsys.readouterr().out == "[s0/w0 a0] attempt 0\n[s0/w0 a2] attempt 2\n"
+    assert command("logs", "job", "--grep", "(") == 2
     assert command("wait", "job") == 0
 
 
