@@ -19,9 +19,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from launcher.cli import COMMANDS
+from launcher.explain.outcome import MODES, Event, effect
 from launcher.spec import JobSpec
 from trainer.config.presets import preset_names
-from trainer.contract import FATAL_EXIT_CODES, FREE_EXIT_CODES, MEANING
+from trainer.contract import MEANING
 
 TARGET = Path(__file__).with_name("reference.md")
 SUBCOMMANDS = {"image": ("build", "push"), "data": ("prepare",)}
@@ -41,9 +42,9 @@ def reference() -> str:
         parts += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
         meanings = docstrings(model)
         parts += [row(name, field, meanings.get(name, "")) for name, field in model.model_fields.items()] + [""]
-    parts += ["## Exit codes of a trainer process", "", "| code | meaning | then |", "| --- | --- | --- |"]
-    for code, meaning in MEANING.items():
-        parts.append(f"| {code} | {meaning} | {consequence(code)} |")
+    modes = " | ".join(f"`failure.mode: {mode}`" for mode in MODES)
+    parts += ["## How a process ends, and what becomes of the job", "", f"| exit code | meaning | {modes} |", "| --- " * 5 + "|"]
+    parts += outcome_rows()
     return "\n".join(parts) + "\n"
 
 
@@ -130,12 +131,12 @@ def paragraph(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().replace("|", "\\|")
 
 
-def consequence(code: int) -> str:
-    if code == 0:
-        return "the job is complete when every process says so"
-    if code in FATAL_EXIT_CODES:
-        return "the job stops"
-    return "restart, without using the budget" if code in FREE_EXIT_CODES else "restart within `failure.max_restarts`"
+def outcome_rows() -> Iterator[str]:
+    """The table of launcher.explain.outcome, which the cluster tests prove."""
+    ends: list[tuple[str, str, int | Event]] = [(str(code), meaning, code) for code, meaning in sorted(MEANING.items())]
+    ends += [("any other", "", -1), *(("", event.value, event) for event in Event)]
+    for code, meaning, end in ends:
+        yield f"| {code} | {meaning} | {' | '.join(effect(mode, end).value for mode in MODES)} |"
 
 
 if __name__ == "__main__":
