@@ -102,10 +102,10 @@ def _first_state(config: TrainConfig, spec: StateSpec, checkpoints: Checkpoints,
         return state_from_items(spec, checkpoints.restore(begin, state_items(spec.abstract)))
     if config.checkpoint.start_from is None:
         return initial_state(config, spec)
-    from trainer.checkpoint.huggingface import load_huggingface
+    from trainer.checkpoint.parameters import load_folder
 
     abstract = state_items(spec.abstract)["params"]
-    return initial_state(config, spec, load_huggingface(config.checkpoint.start_from, abstract, config.model, spec.pipeline))
+    return initial_state(config, spec, load_folder(config.checkpoint.start_from, abstract, config.model))
 
 
 def _batches(config: TrainConfig, data: Data, layout: Layout, begin: int) -> Iterator[tuple[int, Batch]]:

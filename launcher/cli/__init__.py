@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from keyword import iskeyword
 from typing import Any, Final, NoReturn
 
 import typer
@@ -40,7 +41,8 @@ COMMANDS: Final[dict[str, str]] = {
     "image": "Build or push the trainer image.",
     "data": "Prepare the tokenised, packed data cache.",
     "compile": "Compile the train step for hardware that is not here: memory, collectives, bounds.",
-    "export": "Write a checkpoint as Hugging Face safetensors.",
+    "import": "Check a Hugging Face folder and print what a job spec needs to start from it.",
+    "export": "Write a checkpoint's parameters, as Hugging Face safetensors or by themselves.",
     "generate": "Continue prompts with a trained model.",
 }
 
@@ -80,7 +82,8 @@ def app(chosen: str | None = None) -> typer.Typer:
     result.callback()(_root)
     for name, line in COMMANDS.items():
         if name == chosen:
-            _register(result, name, import_module(f"{__name__}.{name}"))
+            module = f"{name}_" if iskeyword(name) else name
+            _register(result, name, import_module(f"{__name__}.{module}"))
         else:
             result.command(name, help=line)(_unreachable)
     return result

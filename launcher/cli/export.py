@@ -1,14 +1,16 @@
-"""`nnxlaunch export RUN_DIRECTORY --out FOLDER`."""
+"""`nnxlaunch export SOURCE --out FOLDER`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-EXAMPLES = """  nnxlaunch export gs://bucket/my-run --out exported           the newest checkpoint
+EXAMPLES = """  nnxlaunch export gs://bucket/my-run --out exported           the newest checkpoint, for Hugging Face
   nnxlaunch export runs/my-run --out exported --step 1000      another one
+  nnxlaunch export runs/my-run --out kept --format parameters  parameters alone, in the trainer's own layout
 """
 
 
@@ -18,16 +20,41 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class Format(StrEnum):
+    HUGGINGFACE = "huggingface"
+    PARAMETERS = "parameters"
+
+
+class Layers(StrEnum):
+    SCAN = "scan"
+    UNROLL = "unroll"
+
+
 def command(
-    run_directory: Annotated[str, typer.Argument(metavar="RUN_DIRECTORY", help="`train.run_directory` of the job, local or gs://.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="A run directory (`train.run_directory`), or a folder of parameters, local or gs://."),
+    ],
     out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="A new folder, local or gs://.")],
     step: Annotated[int | None, typer.Option("--step", min=0, help="A committed step; default: the newest.")] = None,
     dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Default: as the checkpoint the run began from, else float32.")] = None,
+    form: Annotated[
+        Format, typer.Option("--format", help="Hugging Face safetensors, or a parameter-only checkpoint in the trainer's layout.")
+    ] = Format.HUGGINGFACE,
+    layers: Annotated[Layers, typer.Option("--layers", help="Of --format parameters: layers stacked, or one by one.")] = Layers.SCAN,
 ) -> None:
-    """Write a checkpoint as Hugging Face safetensors, with config.json and tokenizer; print what was written.
+    """Write a checkpoint's parameters with config and tokenizer; print what was written.
 
-    Needs the trainer's packages. Weights are read and written one at a time.
+    Needs the trainer's packages. Weights are read and written one layer at a time.
     """
+    arguments = [source, "--out", out, "--format", form.value, "--layers", layers.value]
+    arguments += ["--step", str(step)] if step is not None else []
+    arguments += ["--dtype", dtype.value] if dtype is not None else []
+    run_trainer_module("trainer.export", arguments)
+
+
+def run_trainer_module(module: str, arguments: Sequence[str]) -> NoReturn:
+    """`python -m MODULE ARGUMENTS`, which needs JAX; exits as it does."""
     import importlib.util
     import subprocess
     import sys
@@ -36,7 +63,4 @@ def command(
 
     if importlib.util.find_spec("jax") is None:
         raise Unavailable("the trainer's packages are not installed here", hint="in the clone: ./setup.sh train")
-    arguments = [run_directory, "--out", out]
-    arguments += ["--step", str(step)] if step is not None else []
-    arguments += ["--dtype", dtype.value] if dtype is not None else []
-    raise typer.Exit(subprocess.run([sys.executable, "-m", "trainer.export", *arguments], check=False).returncode)
+    raise typer.Exit(subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode)

@@ -1,4 +1,4 @@
-"""`nnxlaunch export` on a run that began from a Hugging Face folder."""
+"""`nnxlaunch export` on a run that began from a Hugging Face folder, and `nnxlaunch import` of such a folder."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from tests.trainer.configs import config
-from tests.trainer.model.models import ORACLE, load
+from tests.trainer.model.models import ORACLE, abstract_params, load
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint.huggingface_config import model_from_huggingface
+from trainer.checkpoint.parameters import load_folder
+from trainer.config.data import HuggingFaceTokenizer
+from trainer.config.model import Model
+from trainer.config.presets import preset_names
+from trainer.decode.source import open_source
 from trainer.export import main
+from trainer.importing import spelled
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,3 +73,41 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence(run_directory: str, 
     assert main([run_directory, "--out", str(tmp_path / "out"), "--step", "3"]) == 64
     assert "step 3" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_exported_by_its_parameters_alone_is_a_folder_to_start_and_to_export_from(
+    run_directory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, again = tmp_path / "kept", tmp_path / "again"
+    assert main([run_directory, "--out", str(kept), "--format", "parameters", "--layers", "scan"]) == 0
+    assert json.loads(capsys.readouterr().out)["files"] == ["model.safetensors", "parameters.json", "tokenizer.json"]
+    source = open_source(str(kept))
+    assert source.model.layers == "unroll" and isinstance(source.tokenizer, HuggingFaceTokenizer)
+    original = load_file(ORACLE / "llama3" / "model.safetensors")
+    np.testing.assert_array_equal(
+        source.read(abstract_params(source.model), source.model)["embed/table"], original["model.embed_tokens.weight"]
+    )
+    assert main([str(kept), "--out", str(again)]) == 0
+    for name, value in load_file(again / "model.safetensors").items():
+        np.testing.assert_array_equal(value, original.pop(name), err_msg=name)
+    assert not original
+    assert main([str(kept), "--out", str(tmp_path / "third"), "--step", "3"]) == 64
+    assert "has no steps" in capsys.readouterr().err
+
+
+def test_import_prints_the_keys_of_a_spec_that_starts_from_the_folder(tmp_path: Path) -> None:
+    folder, out = ORACLE / "deepseek-v3", tmp_path / "out"
+    command = [sys.executable, "-m", "launcher", "import", str(folder), "--out", str(out)]
+    section = yaml.safe_load(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert section["checkpoint"] == {"start_from": str(out)}
+    model = Model.model_validate(section["model"])
+    assert model == model_from_huggingface(json.loads((folder / "config.json").read_text()))
+    expected = load(folder, model)
+    for path, value in load_folder(str(out), abstract_params(model), model).items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_is_spelled_so_that_it_reads_back(preset: str) -> None:
+    model = Model.model_validate({"preset": preset})
+    assert Model.model_validate(spelled(model)) == model

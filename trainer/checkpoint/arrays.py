@@ -12,12 +12,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from trainer.checkpoint.layout import Leaf, Move, Part, Regroup, Same
@@ -112,6 +114,16 @@ def read(folder: str, moves: tuple[Move, ...], wanted: AbstractItem) -> dict[str
             case Regroup(sources, targets):
                 found |= _regrouped(folder, sources, [wanted[target.path] for target in targets], targets)
     return found
+
+
+def read_part(folder: str, path: str, index: tuple[int, ...]) -> np.ndarray:
+    """What is at `index` of a saved tensor's leading dims; of the tensor only the chunks that hold it are read."""
+    import tensorstore as ts
+
+    root = folder if "://" in folder else f"file://{os.path.abspath(folder)}"
+    kvstore = {"driver": "ocdbt", "base": f"{root.rstrip('/')}/", "path": f"{path}/"}
+    array = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+    return array[index].read().result()
 
 
 def _regrouped(

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from trainer.checkpoint.huggingface_families import ACTIVATIONS, FAMILIES, Family
+from pydantic import ValidationError
+
+from trainer.checkpoint.huggingface_blocks import block_problems, blocks_from_huggingface, blocks_to_huggingface
+from trainer.checkpoint.huggingface_families import FAMILIES, Family
+from trainer.checkpoint.huggingface_files import CONFIG_FILE
 from trainer.config.base import near_miss
-from trainer.config.model import Attention, Block, GatedMlp, Llama3Scaling, Model, Norm, Rope, Segment
+from trainer.config.model import Block, Model, Norm, Segment
 from trainer.errors import CheckpointError
 
 Config = Mapping[str, Any]
 
-# Hugging Face's default where config.json does not say.
-_ROPE_THETA = 10_000.0
 _LONGEST_PATTERN = 8
+# How a run computes and trains, which config.json does not say: layers that differ in these alone are the same.
+_NOT_IN_CONFIG = ("mlp.dispatch", "mlp.router.bias_balancing.update_rate")
 
 
 def model_from_huggingface(config: Config) -> Model:
@@ -22,6 +27,28 @@ def model_from_huggingface(config: Config) -> Model:
 
     Raises CheckpointError with every reason when this trainer's model cannot compute what the file asks for.
     """
+    family = family_of(config)
+    config = {**family.defaults, **family.renamed(config)}
+    if reasons := list(_unsupported(config, family)):
+        raise CheckpointError("config.json asks for what this model cannot compute:\n" + "\n".join(f"  {reason}" for reason in reasons))
+    try:
+        return Model(
+            vocab_size=config["vocab_size"],
+            width=config["hidden_size"],
+            embedding_scale=math.sqrt(config["hidden_size"]) if family.embedding_scale else None,
+            segments=segments_of(blocks_from_huggingface(config, family)),
+            final_norm=Norm(epsilon=config["rms_norm_eps"], offset=family.norm_offset),
+            tie_embeddings=config.get("tie_word_embeddings", False),
+            head_soft_cap=config.get(family.head_cap_key) if family.head_cap_key else None,
+            initializer_stddev=config.get("initializer_range", 0.02),
+        )
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" for wrong in error.errors()]
+        raise CheckpointError("config.json describes no model:\n" + "\n".join(lines)) from None
+
+
+def family_of(config: Config) -> Family:
+    """The family of a config.json. Raises CheckpointError with the nearest name for one that is not supported."""
     known = {family.model_type: family for family in FAMILIES}
     model_type = str(config.get("model_type"))
     if model_type not in known:
@@ -30,18 +57,7 @@ def model_from_huggingface(config: Config) -> Model:
             f"config.json: model_type {model_type!r} is not supported" + (f"; did you mean {close!r}?" if close else ""),
             hint=f"supported: {', '.join(known)}",
         )
-    family = known[model_type]
-    config = {**family.defaults, **config}
-    if reasons := list(_unsupported(config, family)):
-        raise CheckpointError("config.json asks for what this model cannot compute:\n" + "\n".join(f"  {reason}" for reason in reasons))
-    return Model(
-        vocab_size=config["vocab_size"],
-        width=config["hidden_size"],
-        segments=segments_of(_blocks(config, family)),
-        final_norm=Norm(epsilon=config["rms_norm_eps"]),
-        tie_embeddings=config.get("tie_word_embeddings", False),
-        initializer_stddev=config.get("initializer_range", 0.02),
-    )
+    return known[model_type]
 
 
 def config_for_huggingface(model: Model, *, dtype: str, max_positions: int) -> dict[str, Any]:
@@ -52,21 +68,28 @@ def config_for_huggingface(model: Model, *, dtype: str, max_positions: int) -> d
     nearest: list[str] | None = None
     for family in FAMILIES:
         config = _config(model, family, dtype=dtype, max_positions=max_positions)
+        if config is None:
+            continue
         different = differences(model, model_from_huggingface(config))
         if not different:
             return config
         nearest = different if nearest is None or len(different) < len(nearest) else nearest
+    if nearest is None:
+        raise CheckpointError("no Hugging Face family has this model's kind of attention with its kind of MLP")
     raise CheckpointError(
-        "no Hugging Face family describes this model; the nearest differs in:\n" + "\n".join(f"  {line}" for line in nearest or [])
+        "no Hugging Face family describes this model; the nearest differs in:\n" + "\n".join(f"  {line}" for line in nearest)
     )
 
 
-def differences(ours: Model, theirs: Model) -> list[str]:
-    """Where two models compute different things: path, our value, their value. How they compute it (dtype, scan, remat) may differ."""
-    lines = list(_unlike(_whole(ours), _whole(theirs)))
+def differences(ours: Model, theirs: Model, where: str = CONFIG_FILE) -> list[str]:
+    """Where two models compute different things: path, our value, their value. How they compute it (dtype, scan, remat) may differ.
+
+    where: the file that describes theirs.
+    """
+    lines = list(_unlike(_whole(ours), _whole(theirs), where))
     layers: dict[str, list[int]] = {}
     for layer, (first, second) in enumerate(zip(layers_of(ours), layers_of(theirs), strict=False)):
-        for line in _unlike(dict(_leaves("", first.model_dump())), dict(_leaves("", second.model_dump()))):
+        for line in _unlike(_layer(first), _layer(second), where):
             layers.setdefault(line, []).append(layer)
     return lines + [f"{_span(numbers)}: {line}" for line, numbers in layers.items()]
 
@@ -94,148 +117,50 @@ def _runs(blocks: Sequence[Block]) -> Iterator[Segment]:
 
 
 def _unsupported(config: Config, family: Family) -> Iterator[str]:
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
-    yield from (f"{key}: missing" for key in needed if config.get(key) is None)
-    if (activation := config.get("hidden_act", "silu")) not in ACTIVATIONS:
-        yield f"hidden_act: {activation!r}; known: {', '.join(ACTIVATIONS)}"
-    rope = _rope_fields(config)
-    if (rope_type := rope.get("rope_type", "default")) not in ("default", "llama3"):
-        yield f"rope_type: {rope_type!r}; known: default, llama3"
-    if any(isinstance(value, dict) for value in rope.values()):
-        yield "rope_parameters: different for different layers"
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        yield "partial_rotary_factor: only 1.0, the whole head is rotated"
+    yield from block_problems(config, family)
     if config.get("attention_dropout"):
         yield f"attention_dropout: {config['attention_dropout']}; there is no dropout here"
-    if config.get("quantization_config"):
-        yield "quantization_config: weights must be float32, float16 or bfloat16"
-    if strange := set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}:
-        yield f"layer_types: {', '.join(sorted(strange))}; known: full_attention, sliding_attention"
-    elif family.window == "none" and "sliding_attention" in (config.get("layer_types") or ()):
-        yield f"layer_types: sliding_attention, which {family.model_type} does not have"
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        yield f"quantization_config ({method}): weights must be float32, float16 or bfloat16"
+    if config.get("use_bidirectional_attention"):
+        yield "use_bidirectional_attention: a token sees only what is before it here"
 
 
-def _blocks(config: Config, family: Family) -> list[Block]:
-    heads = config["num_attention_heads"]
-    norm = Norm(epsilon=config["rms_norm_eps"])
-
-    def has(bias: str | bool) -> bool:
-        return bool(config.get(bias, False)) if isinstance(bias, str) else bias
-
-    def block(window: int | None) -> Block:
-        return Block(
-            attention=Attention(
-                heads=heads,
-                kv_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-                rope=_rope(config),
-                qk_norm=norm if family.qk_norm else None,
-                window=window,
-                qkv_bias=has(family.qkv_bias),
-                output_bias=has(family.output_bias),
-            ),
-            mlp=GatedMlp(
-                hidden=config["intermediate_size"],
-                activation=ACTIVATIONS[config.get("hidden_act", "silu")],  # pyright: ignore[reportArgumentType]  (checked by pydantic)
-                bias=has(family.mlp_bias),
-            ),
-            norm=norm,
-        )
-
-    return [block(window) for window in _windows(config, family)]
-
-
-def _windows(config: Config, family: Family) -> list[int | None]:
-    layers = config["num_hidden_layers"]
-    window = config.get("sliding_window")
-    if family.window == "none" or window is None:
-        return [None] * layers
-    if family.window == "all layers":
-        return [window] * layers
-    if not config.get("use_sliding_window", False):
-        return [None] * layers
-    if types := config.get("layer_types"):
-        return [window if kind == "sliding_attention" else None for kind in types]
-    return [window if layer >= config["max_window_layers"] else None for layer in range(layers)]
-
-
-def _rope_fields(config: Config) -> dict[str, Any]:
-    """Rope fields as transformers 5 writes them (`rope_parameters`), also from version 4's `rope_theta` and `rope_scaling`."""
-    old = config.get("rope_scaling") or {}
-    fields = {"rope_theta": config.get("rope_theta", _ROPE_THETA), **old, **(config.get("rope_parameters") or {})}
-    return {"rope_type": old.get("type", "default"), **fields}
-
-
-def _rope(config: Config) -> Rope:
-    fields = _rope_fields(config)
-    if fields["rope_type"] == "default":
-        return Rope(theta=fields["rope_theta"])
-    scaling = Llama3Scaling(
-        factor=fields["factor"],
-        low_freq_factor=fields["low_freq_factor"],
-        high_freq_factor=fields["high_freq_factor"],
-        original_length=fields["original_max_position_embeddings"],
-    )
-    return Rope(theta=fields["rope_theta"], scaling=scaling)
-
-
-def _config(model: Model, family: Family, *, dtype: str, max_positions: int) -> dict[str, Any]:
-    """What `family` can say about `model`, from its first layer; the caller checks whether that is all of it."""
-    layers = layers_of(model)
-    attention, mlp = layers[0].attention, layers[0].mlp
-    if not isinstance(attention, Attention):
-        raise CheckpointError(f"no Hugging Face family is known for a model whose attention is {attention.type}")
-    rope: dict[str, Any] = {"rope_theta": attention.rope.theta, "rope_type": "default"}
-    if isinstance(scaling := attention.rope.scaling, Llama3Scaling):
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_length,
-        }
-    config: dict[str, Any] = {
+def _config(model: Model, family: Family, *, dtype: str, max_positions: int) -> dict[str, Any] | None:
+    """What `family` can say about `model`; the caller checks whether that is all of it. None: its blocks are of another kind."""
+    blocks = blocks_to_huggingface(layers_of(model), family, max_positions=max_positions)
+    if blocks is None:
+        return None
+    caps = {family.head_cap_key: model.head_soft_cap} if family.head_cap_key else {}
+    return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "vocab_size": model.vocab_size,
         "hidden_size": model.width,
-        "intermediate_size": mlp.hidden,
-        "num_hidden_layers": len(layers),
-        "num_attention_heads": attention.heads,
-        "num_key_value_heads": attention.kv_heads,
-        "head_dim": attention.head_dim,
-        "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == mlp.activation),
-        "rms_norm_eps": layers[0].norm.epsilon,
-        "rope_parameters": rope,
         "max_position_embeddings": max_positions,
         "tie_word_embeddings": model.tie_embeddings,
         "initializer_range": model.initializer_stddev,
         "dtype": dtype,
         **family.fields,
+        **caps,
+        **blocks,
     }
-    for key, value in ((family.qkv_bias, attention.qkv_bias), (family.output_bias, attention.output_bias), (family.mlp_bias, mlp.bias)):
-        if isinstance(key, str):
-            config[key] = value
-    windows = [layer.attention.window for layer in layers]
-    if family.window == "all layers":
-        config["sliding_window"] = windows[0]
-    elif family.window == "layer types":
-        config["sliding_window"] = next((window for window in windows if window is not None), None)
-        config["use_sliding_window"] = config["sliding_window"] is not None
-        config["max_window_layers"] = next((index for index, window in enumerate(windows) if window is not None), len(windows))
-        config["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
-    return config
 
 
 def _whole(model: Model) -> dict[str, Any]:
-    fields = model.model_dump(include={"vocab_size", "width", "final_norm", "tie_embeddings", "head_soft_cap"})
+    fields = model.model_dump(include={"vocab_size", "width", "embedding_scale", "final_norm", "tie_embeddings", "head_soft_cap"})
     return dict(_leaves("", {**fields, "layers": len(layers_of(model))}))
 
 
-def _unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[str]:
+def _layer(block: Block) -> dict[str, Any]:
+    return {path: value for path, value in _leaves("", block.model_dump()) if not path.startswith(_NOT_IN_CONFIG)}
+
+
+def _unlike(first: Mapping[str, Any], second: Mapping[str, Any], where: str) -> Iterator[str]:
     for path in dict.fromkeys([*first, *second]):
         if first.get(path) != second.get(path):
-            yield f"{path}: {first.get(path)} in the model, {second.get(path)} in config.json"
+            yield f"{path}: {first.get(path)} in the model, {second.get(path)} in {where}"
 
 
 def _span(layers: list[int]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import IO, Any, Final, Self
@@ -41,12 +41,12 @@ class Tensor:
 class SafetensorsFolder:
     """The tensors of a folder. Opening reads headers only; use it as a context manager."""
 
-    def __init__(self, folder: str) -> None:
-        """Raises CheckpointError where there is no readable safetensors file."""
+    def __init__(self, folder: str, config_file: str = CONFIG_FILE) -> None:
+        """config_file: the JSON file beside them. Raises CheckpointError where there is no readable safetensors file."""
         self.folder = folder.rstrip("/")
         self._path = epath.Path(folder)
         self._files: dict[str, IO[bytes]] = {}
-        self.config: dict[str, Any] = self._json(CONFIG_FILE)
+        self.config: dict[str, Any] = self._json(config_file)
         with ExitStack() as opening:  # closes what was opened where a header cannot be read
             self._open = opening
             self.tensors = {name: tensor for file in self._names() for name, tensor in self._header(file)}
@@ -58,15 +58,17 @@ class SafetensorsFolder:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def read(self, name: str, first: int, last: int) -> np.ndarray:
-        """Rows `first` up to `last` (not included) of a tensor's leading dim."""
+    def read(self, name: str, first: int, last: int, within: tuple[int, ...] = ()) -> np.ndarray:
+        """Rows `first` up to `last` (not included) of the dim after those that `within` gives an index of."""
         tensor = self.tensors[name]
         dtype = DTYPES[tensor.dtype]
-        row_bytes = math.prod(tensor.shape[1:]) * dtype.itemsize
+        depth = len(within)
+        row = math.prod(tensor.shape[depth + 1 :])
+        begin = first * row + (int(np.ravel_multi_index(within, tensor.shape[:depth])) * math.prod(tensor.shape[depth:]) if within else 0)
         file = self._file(tensor.file)
-        file.seek(tensor.offset + first * row_bytes)
-        data = file.read((last - first) * row_bytes)
-        return np.frombuffer(data, dtype).reshape(last - first, *tensor.shape[1:])
+        file.seek(tensor.offset + begin * dtype.itemsize)
+        data = file.read((last - first) * row * dtype.itemsize)
+        return np.frombuffer(data, dtype).reshape(last - first, *tensor.shape[depth + 1 :])
 
     def _names(self) -> list[str]:
         if (self._path / INDEX_FILE).exists():
@@ -113,11 +115,11 @@ class SafetensorsFolder:
 
 
 def write_safetensors(
-    folder: str, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray], *, dtype: str, max_file_bytes: int
+    folder: str, shapes: Mapping[str, tuple[int, ...]], pieces: Callable[[str], Iterable[np.ndarray]], *, dtype: str, max_file_bytes: int
 ) -> None:
     """Write tensors one at a time, in the order of `shapes`; a second file begins where one would exceed `max_file_bytes`.
 
-    dtype: `float32`, `float16` or `bfloat16`; `read(name)` gives the values.
+    dtype: `float32`, `float16` or `bfloat16`; `pieces(name)` gives the values, in one or more parts of the leading dims.
     """
     target = epath.Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -136,10 +138,13 @@ def write_safetensors(
         with (target / file_name).open("wb") as file:
             file.write(_header_bytes(names, shapes, sizes, NAMES[dtype]))
             for name in names:
-                values = np.ascontiguousarray(read(name).astype(numpy_dtype, copy=False))
-                if values.shape != tuple(shapes[name]):
-                    raise ValueError(f"{name}: {values.shape} read, {shapes[name]} announced")
-                file.write(values.view(np.uint8).data)
+                written = 0
+                for piece in pieces(name):
+                    values = np.ascontiguousarray(piece.astype(numpy_dtype, copy=False))
+                    file.write(values.reshape(-1).view(np.uint8).data)
+                    written += values.nbytes
+                if written != sizes[name]:
+                    raise ValueError(f"{name}: {written:,} bytes written, {sizes[name]:,} announced")
     if len(files) > 1:
         weight_map = {name: file_name for file_name, names in zip(file_names, files, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}

@@ -1,4 +1,4 @@
-"""Where the weights come from: the run directory of a training run, or a Hugging Face folder; local or gs://."""
+"""Where the weights come from: a training run's directory, a Hugging Face folder, a parameter-only checkpoint; local or gs://."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from trainer.checkpoint import Checkpoints
 from trainer.checkpoint.commit import checkpoint_directory
 from trainer.checkpoint.huggingface import load_huggingface
 from trainer.checkpoint.huggingface_config import model_from_huggingface
+from trainer.checkpoint.parameters import PARAMETERS_FILE, is_parameters, load_parameters, stored_model
 from trainer.config import TrainConfig, validate
 from trainer.config.data import Bytes, HuggingFaceTokenizer, SentencePiece
 from trainer.config.data import Tokenizer as TokenizerConfig
@@ -43,10 +44,15 @@ class Source:
 
 
 def open_source(path: str, *, step: int | None = None) -> Source:
-    """A folder with a config.json is a Hugging Face folder, any other a run directory; `step` is one of its committed steps.
+    """A folder with a config.json is a Hugging Face folder, one with a parameters.json a parameter-only checkpoint, any other a
+    run directory; `step` is one of its committed steps.
 
-    Raises CheckpointError where it is neither, or the step is missing or damaged.
+    Raises CheckpointError where it is none of them, or the step is missing or damaged.
     """
+    if is_parameters(path):
+        if step is not None:
+            raise CheckpointError(f"{path} is a parameter-only checkpoint and has no steps", hint="leave out --step")
+        return _parameters(path)
     if (epath.Path(path) / "config.json").exists():
         if step is not None:
             raise CheckpointError(f"{path} is a Hugging Face folder and has no steps", hint="leave out --step")
@@ -103,6 +109,13 @@ def _huggingface(folder: str) -> Source:
         tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
         lambda abstract, model: load_huggingface(folder, abstract, model),
     )
+
+
+def _parameters(folder: str) -> Source:
+    model = stored_model(_json(folder, PARAMETERS_FILE), folder)
+    ends = _json(folder, "generation_config.json").get("eos_token_id")
+    end_tokens = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+    return Source(folder, model, _tokenizer(folder), end_tokens, lambda abstract, model: load_parameters(folder, abstract, model))
 
 
 def _tokenizer(folder: str) -> TokenizerConfig | None:

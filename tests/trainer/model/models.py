@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from trainer.checkpoint.exchange import ReadLayer, holdings
 from trainer.checkpoint.huggingface import load_huggingface
 from trainer.config.model import Model
 from trainer.config.optimizer import Loss
@@ -72,6 +73,19 @@ def one_document(tokens: np.ndarray, *, rows: int, length: int, targets: np.ndar
 def abstract_params(model: Model, sharding: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
     place = sharding or (lambda weight: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     return {weight.path: jax.ShapeDtypeStruct(weight.shape, jnp.float32, sharding=place(weight)) for weight in weights(model)}
+
+
+def reader(params: Params) -> ReadLayer:
+    """Reads them layer by layer, in whatever form they are."""
+    held = holdings({path: value.shape for path, value in params.items()})
+
+    def read(stacked: str, repeat: int | None) -> np.ndarray:
+        path, index = next(
+            (path, index) for path, part in held.items() if part.stacked == stacked and (index := part.index(repeat)) is not None
+        )
+        return np.asarray(params[path])[index]
+
+    return read
 
 
 def load(folder: Path, model: Model) -> dict[str, jax.Array]:

@@ -1,0 +1,175 @@
+"""Parameters of a run, of a Hugging Face folder or of a parameter-only checkpoint, to be read layer by layer."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from etils import epath
+
+from trainer.checkpoint.arrays import read_part
+from trainer.checkpoint.commit import META_FILE, Damaged, checkpoint_directory, inspect, read_commit, verify_contents
+from trainer.checkpoint.exchange import ReadLayer, holdings, layer_reader, misfits
+from trainer.checkpoint.huggingface import load_problems
+from trainer.checkpoint.huggingface import sources as huggingface_sources
+from trainer.checkpoint.huggingface_config import family_of, model_from_huggingface
+from trainer.checkpoint.huggingface_files import CONFIG_FILE, SafetensorsFolder
+from trainer.checkpoint.parameters import PARAMETERS_FILE, is_parameters, stored_model
+from trainer.checkpoint.parameters import sources as parameters_sources
+from trainer.checkpoint.storage import Storage, open_storage
+from trainer.config import TrainConfig, validate
+from trainer.config.data import HuggingFaceTokenizer, SentencePiece
+from trainer.config.model import Model
+from trainer.config.weights import Weight, weights
+from trainer.errors import CheckpointError
+
+PARAMS: Final = "params"
+# What a Hugging Face folder holds besides weights; taken along.
+COMPANIONS: Final = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A model whose weights are not read yet."""
+
+    description: str
+    model: Model
+    read: ReadLayer
+    dtype: str | None = None
+    """Of the folder, or of the folder the run began from."""
+    step: int | None = None
+    original: Mapping[str, Any] | None = None
+    """config.json of the folder, or of the one the run began from."""
+    companions: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Files to take along, by name."""
+    max_positions: int = 2048
+
+
+def open_parameters(source: str, opened: ExitStack, *, step: int | None = None) -> Parameters:
+    """`source` is a folder with a config.json (Hugging Face), a parameter-only checkpoint, or else a run directory.
+
+    opened: closes the files. Raises CheckpointError where it is none of them, does not fit its own description, or the
+    step is missing or damaged.
+    """
+    folder = epath.Path(source)
+    if not (is_parameters(source) or (folder / CONFIG_FILE).exists()):
+        return _of_run(source, step)
+    if step is not None:
+        raise CheckpointError(f"{source} is no run directory and has no steps", hint="leave out --step")
+    return _of_parameters(source, opened) if is_parameters(source) else _of_huggingface(source, opened)
+
+
+def _of_parameters(folder: str, opened: ExitStack) -> Parameters:
+    files = opened.enter_context(SafetensorsFolder(folder, PARAMETERS_FILE))
+    model = stored_model(files.config, folder)
+    table = parameters_sources(model, {name: tensor.shape for name, tensor in files.tensors.items()})
+    if problems := list(misfits(files, table, lambda _: False)):
+        raise CheckpointError(f"{folder} is damaged:\n" + "\n".join(f"  {problem}" for problem in problems))
+    read = layer_reader(files, table)
+    return Parameters(folder, model, read, files.config.get("dtype"), companions=_companions(folder))
+
+
+def _of_huggingface(folder: str, opened: ExitStack) -> Parameters:
+    files = opened.enter_context(SafetensorsFolder(folder))
+    model = model_from_huggingface(files.config)
+    table = huggingface_sources(model, family_of(files.config))
+    if problems := list(load_problems(files, table, model)):
+        raise CheckpointError(f"{folder} does not fit its config.json:\n" + "\n".join(f"  {problem}" for problem in problems))
+    dtype = files.config.get("dtype") or files.config.get("torch_dtype")
+    longest = files.config.get("max_position_embeddings") or 2048
+    read = layer_reader(files, table)
+    return Parameters(folder, model, read, dtype, original=files.config, companions=_companions(folder), max_positions=longest)
+
+
+def _of_run(directory: str, step: int | None) -> Parameters:
+    storage = open_storage(checkpoint_directory(directory))
+    step = _verified_step(storage, step)
+    meta = json.loads(storage.read(f"{step}/{META_FILE}"))
+    config = validate(TrainConfig, meta["run"]["config"])
+    read = _layers_of_checkpoint(f"{storage.root}/{step}/{PARAMS}", config.model, meta["items"][PARAMS])
+    original, companions = _of_the_beginning(config)
+    dtype = (original or {}).get("dtype") or (original or {}).get("torch_dtype")
+    length = config.batch.sequence_length
+    return Parameters(f"step {step} of {directory}", config.model, read, dtype, step, original, companions, length)
+
+
+def _layers_of_checkpoint(folder: str, model: Model, saved: Mapping[str, Any]) -> ReadLayer:
+    """Raises CheckpointError where the saved parameters are not those of `model`."""
+    shapes = {path: tuple(leaf["shape"]) for path, leaf in saved.items()}
+    places: dict[tuple[str, int | None], tuple[str, tuple[int, ...]]] = {}
+    found: dict[tuple[str, int | None], tuple[int, ...]] = {}
+    for path, holding in holdings(shapes).items():
+        for within in range(math.prod(holding.leading)) if holding.leading is not None else (None,):
+            repeat = None if within is None else holding.first_repeat + within
+            places[holding.stacked, repeat] = path, holding.index(repeat) or ()
+            found[holding.stacked, repeat] = shapes[path][len(holding.leading or ()) :]
+    declared = {key: weight.layer_shape for weight in weights(model.model_copy(update={"layers": "scan"})) for key in _repeats(weight)}
+    if declared != found:
+        unlike = sorted(
+            {path for path, repeat in declared.keys() | found.keys() if declared.get((path, repeat)) != found.get((path, repeat))}
+        )
+        raise CheckpointError(f"the checkpoint's parameters are not those of its config: {', '.join(unlike[:5])}")
+
+    def read(path: str, repeat: int | None) -> np.ndarray:
+        return read_part(folder, *places[path, repeat])
+
+    return read
+
+
+def _repeats(weight: Weight) -> list[tuple[str, int | None]]:
+    return [(weight.path, repeat) for repeat in range(weight.shape[0])] if weight.layer_dims else [(weight.path, None)]
+
+
+def _verified_step(storage: Storage, step: int | None) -> int:
+    """The step, or the newest, after its parameters were compared with their checksums."""
+    if step is None:
+        steps = inspect(storage).steps
+        if not steps:
+            hint = "give the run_directory of a run that has saved, a Hugging Face folder or a parameter-only checkpoint"
+            raise CheckpointError(f"{storage.root} holds no committed step", hint=hint)
+        step = steps[-1]
+    try:
+        commit = read_commit(storage, step)
+    except Damaged as reason:
+        steps = inspect(storage).steps
+        raise CheckpointError(
+            f"step {step} of {storage.root} cannot be exported: {reason}",
+            hint=f"committed steps: {', '.join(map(str, steps)) or 'none'}",
+        ) from None
+    needed = [path for path in commit.files if path == META_FILE or path.startswith(f"{PARAMS}/")]
+    if wrong := verify_contents(storage, commit, needed):
+        raise CheckpointError(f"step {step} of {storage.root} is damaged: {'; '.join(wrong[:3])}", hint="choose another with --step")
+    return step
+
+
+def _companions(folder: str) -> dict[str, str]:
+    return {name: f"{folder.rstrip('/')}/{name}" for name in COMPANIONS if (epath.Path(folder) / name).exists()}
+
+
+def _of_the_beginning(config: TrainConfig) -> tuple[dict[str, Any] | None, dict[str, str]]:
+    """config.json of the folder the run began from, where there was one, and the files to take along, by name."""
+    original: dict[str, Any] | None = None
+    files: dict[str, str] = {}
+    if start := config.checkpoint.start_from:
+        if (epath.Path(start) / CONFIG_FILE).exists():
+            original = json.loads((epath.Path(start) / CONFIG_FILE).read_text())
+        elif not is_parameters(start):
+            print(f"warning: {start} is gone; config.json is made anew, without token ids", file=sys.stderr)
+        files = _companions(start)
+    match config.data.tokenizer:
+        case HuggingFaceTokenizer(path=path):
+            files["tokenizer.json"] = path
+        case SentencePiece(path=path):
+            files["tokenizer.model"] = path
+        case _:
+            pass
+    return original, files
