@@ -160,3 +160,7 @@ def image_is_a_reference(spec: JobSpec) -> Iterator[Problem]:
     if not _REFERENCE.fullmatch(reference):
         message = f"{reference[:120]!r} is not an image: [registry/]path[:tag][@sha256:digest], lower case"
         yield Problem(path="image.reference", message=message, hint="such as registry/project/trainer:1.2", code="image", value=reference)
+    elif spec.image.digest_policy == "require_digest" and "/" not in reference and "@" not in reference:
+        message = f"{reference!r} is an image of this machine and has no digest, which `digest_policy: require_digest` asks for"
+        hint = "name the image of a registry, or leave `digest_policy` out"
+        yield Problem(path="image.digest_policy", message=message, hint=hint, code="image-digest", value="require_digest")

@@ -35,6 +35,7 @@ def command(
 ) -> None:
     """Start a job: check the spec, render it, create what `render` shows.
 
+    A tag of a registry becomes the digest it has now, so that every restart runs the same code (`image.digest_policy`).
     A run directory that already holds checkpoints of this run is resumed. A submit that was interrupted is completed by
     the same one again.
     """
@@ -46,6 +47,12 @@ def command(
     parsed = load(spec, overrides, target=backend.value)
     manifests = render(parsed)
     target = connect(backend, context=context, kubeconfig=kubeconfig, namespace=namespace)
+    if backend is BackendKind.KUBERNETES:
+        from launcher.pinning import pinned_if_told
+
+        manifests, trouble = pinned_if_told(parsed, manifests)
+        if trouble:
+            print(f"note: {trouble}; the job runs whatever the tag means at each start", file=sys.stderr)
     options = flags(backend, namespace)
     try:
         status = target.create(manifests, replace=replace)

@@ -27,6 +27,10 @@ class Image(Node):
     """Default: `always` for a tag of a registry, `if_not_present` for a digest or a name without a registry."""
     pull_secrets: tuple[Text, ...] = ()
     """Secrets with registry credentials, by name."""
+    digest_policy: Literal["when_possible", "require_digest", "as_given"] = "when_possible"
+    """What `submit` does with a tag of a registry. `when_possible`: the job runs `NAME:TAG@DIGEST`, with the digest the tag has
+    now, where the registry tells it to this machine. `require_digest`: without one the job is not submitted. `as_given`: the
+    registry is not asked."""
 
 
 class SecretKey(Node):

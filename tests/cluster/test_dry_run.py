@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -14,7 +18,7 @@ from launcher.backend import Manifest
 from launcher.backend.kubernetes import KubernetesBackend
 from launcher.backend.kubernetes_api import SERVICE_ACCOUNT, Api
 from launcher.backend.kubernetes_login import log_in
-from launcher.checks import load
+from launcher.checks import load, problems_of_document
 from launcher.errors import AlreadyExists, NnxlaunchError, Unavailable
 from launcher.manifest import render
 from launcher.spec import JobSpec, from_document, from_yaml
@@ -70,6 +74,62 @@ def test_every_valid_spec_is_accepted(backend: KubernetesBackend, open_namespace
     spec = from_document(drawn)
     assume(spec.priority is None)  # the class would have to exist
     must_be_accepted(spec, backend, open_namespace)
+
+
+def leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place of a document but those of the trainer, which the server never looks into."""
+    if path and path[0] == "train":
+        return
+    yield path
+    entries = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in entries:
+        yield from leaves(value, (*path, key))
+
+
+HOSTILE: tuple[Any, ...] = (
+    "", " ", "a", "A", "-a", "a-", "a.b", "a_b", "a/b", "a b", "a\nb: c", "{a: b}", "$(id)", "../a", "/a/../b", "/", "/a:b",
+    "a" * 63, "a" * 64, "a" * 254, "é", "\u202e", "💥", "y", "null", "1", "1e3", "0x1f", "1Gi", "-1Gi", "0", "1.5.2", "gs://a",
+    "@sha256:0", "kueue.x-k8s.io/x", 0, 1, -1, 63, 65_536, 2**31 - 1, 2**31, 2**63, 10**30, 0.5, True, False, None,
+    [], {}, ["a"], ["a", "a"], {"a": "b"}, {"a/b/c": "d"}, {"": ""},
+)  # fmt: skip
+EXTRAS: Document = {
+    "service_account": None,  # it would have to exist, and only the server knows whether it does
+    "labels": {"team": "a"},
+    "annotations": {"note": "b"},
+    "env": {"MODE": "c", "TOKEN": {"secretKeyRef": {"name": "n", "key": "k"}}},
+}
+
+
+def mutated_documents(count: int) -> Iterator[Document]:
+    """The examples in full, each with one to three values replaced; the same ones every time."""
+    random = Random(0)
+    bases = [json.loads(load(path).model_dump_json()) for path in sorted(EXAMPLES.glob("*.job.yaml")) if "quickstart" not in path.name]
+    for _ in range(count):
+        chosen = {**copy.deepcopy(random.choice(bases)), **copy.deepcopy(EXTRAS)}
+        chosen["volumes"] = [*chosen["volumes"], {"type": "memory", "mount_path": "/scratch", "size_gib": 1}]
+        for _ in range(random.randint(1, 3)):
+            *above, last = random.choice([path for path in leaves(chosen) if path])
+            node: Any = chosen
+            for key in above:
+                node = node[key]
+            node[last] = random.choice(HOSTILE)
+        yield chosen
+
+
+def test_of_a_thousand_mutated_specs_the_server_refuses_none_that_validate_takes(open_namespace: KubernetesBackend) -> None:
+    refused: list[str] = []
+    taken = 0
+    for document_ in mutated_documents(1000 if os.environ.get("CI") else 250):
+        spec, problems = problems_of_document(document_, target="kubernetes")
+        if spec is None or problems or spec.priority is not None or spec.service_account is not None:
+            continue  # a class and an account would have to exist: only the server knows
+        taken += 1
+        try:
+            open_namespace.check(render(spec))
+        except NnxlaunchError as error:
+            refused.append(str(error))
+    assert not refused, "\n".join(refused)
+    assert taken >= 20, "the mutations leave something to try"
 
 
 @pytest.mark.parametrize("name", ["namespace", "role", "view", "queue"])

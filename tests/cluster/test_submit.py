@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from launcher.errors import AlreadyExists
 from launcher.manifest import render
 from tests.cluster.proxy import Door, door
 from tests.cluster.tools import cheap_job, document, kubectl, nnxlaunch
+from tests.container.registry import registry
 from tests.launcher.regenerate import EXAMPLES
 
 ROOT = Path(__file__).parents[2]
@@ -167,3 +169,19 @@ def test_attach_follows_a_run_to_its_end_and_says_how_it_ended(namespace: str, b
     assert "[s0/w0 a0] hello" in done.stdout
     assert (done.returncode, "followed failed: slice 0" in done.stderr) == (125, True), done.stderr
     backend.delete("followed")
+
+
+def test_a_tag_is_submitted_with_the_digest_that_its_registry_tells(namespace: str, tmp_path: Path) -> None:
+    digest = f"sha256:{hashlib.sha256(b'{}').hexdigest()}"
+    with registry() as server:
+        server.manifests["team/trainer:1"] = b"{}"
+        tag = f"{server.host}/team/trainer:1"
+        spec = tmp_path / "job.yaml"
+        spec.write_text(yaml.safe_dump(document("pinned", image=tag, grace_seconds=15, resources={"cpu": "1000"})))  # starts nowhere
+        done = nnxlaunch("submit", str(spec), "-n", namespace)
+        assert (done.returncode, done.stderr) == (0, "")
+        required = f"image={{reference: '{server.host}/team/trainer:2', digest_policy: require_digest}}"
+        refused = nnxlaunch("submit", str(spec), "-n", namespace, "--set", "name=refused", "--set", required)
+    path = "jsonpath={.spec.replicatedJobs[0].template.spec.template.spec.containers[0].image}"
+    assert kubectl("-n", namespace, "get", "jobset", "pinned", "-o", path) == f"{tag}@{digest}"
+    assert refused.returncode == 69 and "there is no such image (404), and the spec requires its digest" in refused.stderr, refused.stderr

@@ -1,4 +1,4 @@
-"""An image registry in memory, as much of it as a push needs.
+"""An image registry in memory, as much of it as a push and a look at a tag need.
 
 Reference: https://github.com/opencontainers/distribution-spec/blob/main/spec.md
 """
@@ -55,8 +55,9 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer(404) if found is None else self._answer(200, length=len(found), Docker_Content_Digest=match[1])
         if match := re.fullmatch(r"/v2/(.+)/manifests/(.+)", url.path):
             if self.command != "PUT":
-                return self._answer(404)
-            digest = f"sha256:{hashlib.sha256(body).hexdigest()}"
+                kept = self.server.manifests.get(f"{match[1]}:{match[2]}")
+                return self._answer(404) if kept is None else self._answer(200, length=len(kept), Docker_Content_Digest=_digest(kept))
+            digest = _digest(body)
             self.server.manifests |= {f"{match[1]}:{match[2]}": body, f"{match[1]}@{digest}": body}
             return self._answer(201, Docker_Content_Digest=digest)
         return self._answer(404)
@@ -82,6 +83,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         pass
+
+
+def _digest(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 @contextmanager

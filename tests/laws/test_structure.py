@@ -41,11 +41,14 @@ TRAINER_LAYERS: tuple[tuple[str, ...], ...] = (
 )
 LAUNCHER_LAYERS: tuple[tuple[str, ...], ...] = (
     ("launcher.cli", "launcher.__main__"),
-    ("launcher.backend", "launcher.observe", "launcher.image", "launcher.explain"),
+    ("launcher.pinning",),
+    ("launcher.backend", "launcher.observe", "launcher.explain"),
     ("launcher.doctor",),
     ("launcher.manifest", "launcher.checks"),
     ("launcher.spec",),
     ("launcher.tpu",),
+    ("launcher.registry",),
+    ("launcher.image",),
     ("launcher.errors", "launcher.redact", "launcher.kinds"),
 )
 HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "numpy", "kubernetes", "google.cloud.storage")
