@@ -12,8 +12,10 @@ import yaml
 
 from launcher.backend import JobState
 from launcher.backend.kubernetes import KubernetesBackend
+from tests.cluster.test_queue import queue
 from tests.cluster.tools import cheap_job, document, kubectl, nnxlaunch
 
+__all__ = ["queue"]
 ROLE = Path(__file__).parents[2] / "k8s" / "cluster" / "role.yaml"
 Login = Callable[..., str]
 
@@ -78,7 +80,7 @@ def test_a_missing_namespace_is_named_with_the_way_to_make_it(tmp_path: Path) ->
     assert "kubectl create namespace no-such-namespace" in refused(["submit", str(spec), "-n", "no-such-namespace"])
 
 
-def test_the_published_role_is_enough_for_every_verb(login: Login, account: str, namespace: str) -> None:
+def test_the_published_role_is_enough_for_every_verb(login: Login, account: str, namespace: str, queue: str) -> None:
     kubectl("-n", namespace, "apply", "-f", str(ROLE))
     kubectl("-n", namespace, "create", "rolebinding", "somebody", "--role=nnxlaunch", f"--serviceaccount={namespace}:somebody")
     backend = KubernetesBackend(kubeconfig=login({"token": account}))
@@ -89,5 +91,15 @@ def test_the_published_role_is_enough_for_every_verb(login: Login, account: str,
     assert status.state is JobState.COMPLETED
     assert "AllJobsCompleted" in [event.reason for event in backend.events("allowed")]
     assert "allowed" in [job.name for job in backend.list()]
-    backend.create(cheap_job("allowed", "print('hello')"), replace=True)
+    assert backend.scene("allowed").unreadable == ()
+    backend.create(cheap_job("allowed", "print('hello')", queue=queue), replace=True)  # which has no room for it
+    for status in backend.watch("allowed", timeout_seconds=60):
+        if "insufficient" in status.message:
+            break
+    backend.suspend("allowed")
+    active = ("get", "workloads", "-o", "jsonpath={.items[?(@.metadata.ownerReferences[0].name=='allowed')].spec.active}")
+    assert kubectl("-n", namespace, *active) == "false"
+    backend.resume("allowed")
+    assert kubectl("-n", namespace, *active) == "true"
+    assert backend.scene("allowed").local_queue is not None
     backend.delete("allowed")
