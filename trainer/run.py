@@ -109,7 +109,7 @@ def _first_state(config: TrainConfig, spec: StateSpec, checkpoints: Checkpoints,
 
 
 def _batches(config: TrainConfig, data: Data, layout: Layout, begin: int) -> Iterator[tuple[int, Batch]]:
-    feed = Feed(layout, config.batch.global_batch, config.batch.sequence_length)
+    feed = Feed(layout.of_batch(config), config.batch.global_batch, config.batch.sequence_length)
     loader = BatchLoader(data.train, start_step=begin, local_rows=feed.local_rows, prefetch_batches=config.data.prefetch_batches)
     return ((n, feed(batch)) for n, batch in loader)
 
@@ -118,7 +118,7 @@ def _evaluation(config: TrainConfig, data: Data, layout: Layout, eval_step: Eval
     """Loss sums over the whole evaluation set; every process makes the same number of steps."""
     split = data.eval
     assert split is not None and config.eval is not None
-    feed = Feed(layout, split.global_batch, config.batch.sequence_length)
+    feed = Feed(layout.of_batch(config), split.global_batch, config.batch.sequence_length)
     # Compiled, because placing a host value on the devices of other processes compares it on all of them first.
     zero = jax.jit(functools.partial(LossSums.zero, model_terms(config)), out_shardings=layout.replicated)
 

@@ -19,6 +19,7 @@ from trainer.initial import initial_keys, initial_parameters, random_key
 from trainer.model import create_abstract_model
 from trainer.optim import build_optimizer, build_schedule
 from trainer.parallel.sharding import Layout, constrain
+from trainer.replicas import REPLICAS, describe_replicas, replicate
 
 Items = dict[str, dict[str, Any]]
 LOOKED_UP: Final = "embed/table"
@@ -42,12 +43,16 @@ class StateSpec:
     """The state without its values."""
 
     graphdef: nnx.GraphDef[TrainState]
+    model: nnx.GraphDef[nnx.Module]
+    """Of the model alone, whose state is `model` of the whole."""
     abstract: nnx.State  # leaves jax.ShapeDtypeStruct with sharding
     shardings: nnx.State  # leaves NamedSharding
     trained: nnx.filterlib.Filter = nnx.Param
     """Selects the parameters that are not frozen, out of the model and its parts of the state."""
     pipeline: PipelinePlan | None = None
     """How the model's layers are laid out, where some of them are pipelined."""
+    replica: StateSpec | None = None
+    """Of one replica's state, where there are replicas."""
 
 
 def describe_state(config: TrainConfig, layout: Layout) -> StateSpec:
@@ -68,8 +73,10 @@ def describe_state(config: TrainConfig, layout: Layout) -> StateSpec:
         (path, variable.replace(jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding.get_value())))
         for (path, variable), (_, sharding) in zip(flat, shardings, strict=True)
     ]
-    wrt = trained(config, nnx.merge(model_def, params), pipeline)
-    return StateSpec(graphdefs[0], nnx.from_flat_state(placed), nnx.from_flat_state(shardings), wrt, pipeline)
+    model = nnx.merge(model_def, params)
+    wrt, graph = trained(config, model, pipeline), nnx.graphdef(model)
+    one = StateSpec(graphdefs[0], graph, nnx.from_flat_state(placed), nnx.from_flat_state(shardings), wrt, pipeline)
+    return one if config.diloco is None else describe_replicas(one, layout.mesh)
 
 
 def initial_state(config: TrainConfig, spec: StateSpec, parameters: Mapping[str, jax.Array] | None = None) -> nnx.State:
@@ -82,7 +89,8 @@ def initial_state(config: TrainConfig, spec: StateSpec, parameters: Mapping[str,
     def assemble(values: Mapping[str, jax.Array]) -> nnx.State:
         model_def, abstract = nnx.split(create_abstract_model(config.model, spec.pipeline), nnx.Param)
         params = [(path, variable.replace(values[join_path(path)])) for path, variable in nnx.to_flat_state(abstract)]
-        return nnx.split(_train_state(config, nnx.merge(model_def, nnx.from_flat_state(params)), spec.pipeline))[1]
+        state = nnx.split(_train_state(config, nnx.merge(model_def, nnx.from_flat_state(params)), spec.pipeline))[1]
+        return state if spec.replica is None else replicate(spec, state)
 
     def init(keys: Mapping[str, jax.Array]) -> nnx.State:
         return assemble(initial_parameters(config.model, keys, spec.pipeline))
@@ -96,11 +104,14 @@ def initial_state(config: TrainConfig, spec: StateSpec, parameters: Mapping[str,
 
 
 def state_items(state: nnx.State) -> Items:
-    """The state as flat dicts of arrays by path: parameters, optimizer state, the rest (step counter and random key)."""
+    """The state as flat dicts of arrays by path: parameters, optimizer state, the rest (step counter and random key), `replicas`.
+
+    Where there are replicas, `params` are the outer parameters and `opt` is the outer optimizer's state.
+    """
     items: Items = {"params": {}, "opt": {}, "rest": {}}
     for path, variable in nnx.to_flat_state(state):
         item, name = _address(path)
-        items[item][name] = variable.get_value()
+        items.setdefault(item, {})[name] = variable.get_value()
     return items
 
 
@@ -121,6 +132,8 @@ def _address(path: tuple[Any, ...]) -> tuple[str, str]:
             return "params", join_path(tuple(rest))
         case ("optimizer", "opt_state", *rest):
             return "opt", join_path(tuple(rest))
+        case ("replicas", *rest):
+            return REPLICAS, join_path(tuple(rest))
         case _:
             return "rest", join_path(path)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from trainer.config.terms import Term, loss_terms, model_terms
 from trainer.config.train import TrainConfig
@@ -20,6 +21,7 @@ from trainer.model.tiles import tiled_loss_sums
 from trainer.optim import build_schedule
 from trainer.parallel.compiler import compiler_options
 from trainer.parallel.sharding import Layout, constrain, use_layout
+from trainer.replicas import over_replicas
 from trainer.silent import TermProbe
 from trainer.state import StateSpec, gathered
 
@@ -37,7 +39,18 @@ def make_train_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> Tra
     batch. metrics: float32 scalars: `loss` (what is minimised), `cross_entropy`, every loss term's value before
     its weight, `tokens` (valid) and what else terms are divided by, `gradient_norm` (before clipping), `learning_rate`,
     `skipped_updates` so far where spikes are skipped, and those of `trainer.model.byproducts.statistics_metrics`, some of them arrays.
+    With replicas, metrics have a leading dim that counts them.
     """
+    options = compiler_options(config.compiler, layout.mesh)
+    if config.diloco is None or spec.replica is None:
+        step, metrics = _one_step(config, spec, layout), layout.replicated
+    else:
+        step = over_replicas(config, config.diloco, spec, layout, _one_step(config, spec.replica, layout))
+        metrics = NamedSharding(layout.mesh, PartitionSpec("diloco"))
+    return jax.jit(step, donate_argnums=0, out_shardings=(spec.shardings, metrics), compiler_options=options)
+
+
+def _one_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> TrainStep:
     schedule = build_schedule(config.schedule, config.steps)
     terms = model_terms(config)
     shardings = nnx.filter_state(spec.shardings["model"], spec.trained)
@@ -65,8 +78,7 @@ def make_train_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> Tra
                 train.model.advance(statistics)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
             return nnx.state(train), metrics
 
-    options = compiler_options(config.compiler, layout.mesh)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(spec.shardings, layout.replicated), compiler_options=options)
+    return train_step
 
 
 def make_eval_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> EvalStep:
@@ -74,10 +86,8 @@ def make_eval_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> Eval
     terms = model_terms(config)
 
     def eval_step(state: nnx.State, sums: LossSums, batch: Batch) -> LossSums:
-        with use_layout(layout):
-            train = nnx.merge(spec.graphdef, state)
-            model_def, params = nnx.split(train.model)
-            model = nnx.merge(model_def, gathered(config, params))
+        with use_layout(layout.of_batch(config)):
+            model = nnx.merge(spec.model, gathered(config, state["model"]))
             return sums + forward_sums(config, _forward(config, model, batch, terms), batch, terms)
 
     return jax.jit(eval_step, donate_argnums=1, out_shardings=layout.replicated)
@@ -92,8 +102,8 @@ def make_term_probe(config: TrainConfig, spec: StateSpec, layout: Layout) -> Ter
     terms, model = loss_terms(config), model_terms(config)
 
     def term_probe(state: nnx.State, batch: Batch, number: jax.Array) -> Metrics:
-        with use_layout(layout):
-            model_def, *parts = nnx.split(nnx.merge(spec.graphdef, state).model, spec.trained, ...)
+        with use_layout(layout.of_batch(config)):
+            model_def, *parts = nnx.split(nnx.merge(spec.model, state["model"]), spec.trained, ...)
             params, rest = (gathered(config, part) for part in parts)
             count = config.batch.accumulation
             microbatch = jax.tree.map(lambda rows: rows[0], _microbatches(batch, count)) if count > 1 else batch

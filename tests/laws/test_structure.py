@@ -32,7 +32,7 @@ TRAINER_LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainer.observe", "trainer.distributed", "trainer.parent", "trainer.attempts", "trainer.data"),
     ("trainer.parameters",),
     ("trainer.checkpoint",),
-    ("trainer.state",),
+    ("trainer.state", "trainer.replicas"),
     ("trainer.model", "trainer.optim", "trainer.loss", "trainer.initial"),
     ("trainer.parallel",),
     ("trainer.errors",),

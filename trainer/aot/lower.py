@@ -54,7 +54,7 @@ def layout_of(config: TrainConfig, target: Target) -> Layout:
 def abstract_batch(config: TrainConfig, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of a global batch as the trainer's feed places it."""
     shape = (config.batch.global_batch, config.batch.sequence_length)
-    sharding = layout.sharding(("batch", "length"), shape)
+    sharding = layout.of_batch(config).sharding(("batch", "length"), shape)
     integers = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
     names = ("inputs", "targets", "positions", "segments")
     return {**dict.fromkeys(names, integers), "weights": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)}

@@ -15,7 +15,6 @@ import jax
 from trainer.checkpoint.arrays import AbstractItem, Item, describe, read, start_writing, warm_up
 from trainer.checkpoint.commit import (
     COMMIT_FILE,
-    ITEMS,
     META_FILE,
     QUARANTINE,
     Damaged,
@@ -26,6 +25,8 @@ from trainer.checkpoint.commit import (
 )
 from trainer.checkpoint.layout import Leaf, Plan, plan, shorten
 from trainer.checkpoint.peers import Peers
+from trainer.checkpoint.replicas import ITEM as REPLICAS
+from trainer.checkpoint.replicas import read_replicas, replica_problems
 from trainer.checkpoint.retention import steps_to_delete
 from trainer.checkpoint.saving import Save
 from trainer.checkpoint.storage import open_storage
@@ -158,7 +159,7 @@ class Checkpoints:
     def restore(self, step: int, abstract_items: Mapping[str, AbstractItem]) -> dict[str, dict[str, jax.Array]]:
         """The named items of a committed step, each tensor with the shape, dtype and sharding of its abstract leaf.
 
-        The mesh, the number of processes and the stacking of layers may differ from those of the save. Files are
+        The mesh, the number of processes, of replicas, and the stacking of layers may differ from those of the save. Files are
         verified first. Raises CheckpointError for a step that is not there or damaged, and for tensors that are
         missing, left over or of another shape or dtype: all of them at once.
         """
@@ -167,8 +168,13 @@ class Checkpoints:
         document = self._document(step)["items"]
         plans: dict[str, Plan] = {}
         problems: list[str] = []
+        replicas: dict[str, Leaf] = {}
         for name, wanted in abstract_items.items():
             saved = {path: Leaf(tuple(leaf["shape"]), leaf["dtype"]) for path, leaf in document.get(name, {}).items()}
+            if name == REPLICAS:
+                replicas = saved
+                problems += [f"{name}: {problem}" for problem in replica_problems(saved, wanted)]
+                continue
             plans[name] = plan(saved, describe(wanted))
             problems += [f"{name}: {problem}" for problem in plans[name].problems]
         if problems:
@@ -178,12 +184,15 @@ class Checkpoints:
             )
         folder = f"{self._storage.root}/{step}"
         try:
-            return {name: read(f"{folder}/{name}", plans[name].moves, wanted) for name, wanted in abstract_items.items()}
+            found = {name: read(f"{folder}/{name}", made.moves, abstract_items[name]) for name, made in plans.items()}
+            if REPLICAS in abstract_items:
+                found[REPLICAS] = read_replicas(f"{folder}/{REPLICAS}", replicas, abstract_items[REPLICAS])
+            return found
         except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors
             raise self._read_error(error) from error
 
-    def _verify(self, step: int, items: tuple[str, ...] = ITEMS) -> list[str]:
-        """What is wrong with the content of a step; each process reads its share of the files. Agreed on all of them."""
+    def _verify(self, step: int, items: tuple[str, ...] | None = None) -> list[str]:
+        """What is wrong with the content of a step, all of it or these items; each process reads its share of the files. Agreed on."""
         if step in self._verified:
             return []
         operation, deadline = self._operation(f"verify-{step}")
@@ -194,18 +203,18 @@ class Checkpoints:
         parts = self._peers.gather(operation, json.dumps(wrong), deadline=deadline)
         together = json.dumps(list(dict.fromkeys(reason for part in parts for reason in json.loads(part))))
         agreed = json.loads(self._peers.broadcast(operation, together if self._peers.is_primary else None, deadline=deadline))
-        if not agreed and items == ITEMS:
+        if not agreed and items is None:
             self._verified.add(step)
         return agreed
 
-    def _verify_share(self, step: int, items: tuple[str, ...]) -> list[str]:
+    def _verify_share(self, step: int, items: tuple[str, ...] | None) -> list[str]:
         try:
             commit = read_commit(self._storage, step)
         except Damaged as reason:
             return [str(reason)]
         if self._storage.lists_checksums:  # then reading the commit has compared them
             return []
-        needed = sorted(path for path in commit.files if path.partition("/")[0] in (*items, META_FILE))
+        needed = sorted(path for path in commit.files if items is None or path.partition("/")[0] in (*items, META_FILE))
         return verify_contents(self._storage, commit, needed[self._peers.index :: self._peers.count])
 
     def _require_commit(self, step: int) -> None:

@@ -22,7 +22,8 @@ from trainer.errors import CheckpointError
 
 COMMIT_FILE: Final = "commit.json"
 META_FILE: Final = "meta.json"
-ITEMS: Final = ("params", "opt", "rest")
+ITEMS: Final = ("params", "opt", "rest", "replicas")
+"""Folders of a step; a run without replicas has no `replicas`."""
 FORMAT: Final = 1
 OWN_NAMES: Final = frozenset({*ITEMS, META_FILE, COMMIT_FILE})
 QUARANTINE: Final = "quarantine"  # where damaged steps are moved, as <step> or <step>.<n>, when a run must write there

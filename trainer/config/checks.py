@@ -7,6 +7,7 @@ from typing import Final
 
 from trainer.config.attention import KERNEL_BLOCK
 from trainer.config.data import ArrayRecord, Bytes, JsonLines, Parquet, PythonStandardLibrary, Synthetic, Text
+from trainer.config.diloco import diloco_fits
 from trainer.config.layouts import batch_divides, length_shards, mesh_axes_are_used, model_divides, rules_are_known, weights_are_split
 from trainer.config.mesh import product
 from trainer.config.paths import path_fault
@@ -25,6 +26,7 @@ def check_train(config: TrainConfig, *, slices: int, devices_per_slice: int, pro
     shape = yield from mesh_fits(config, slices=slices, devices_per_slice=devices_per_slice)
     if shape is not None:
         yield from pipeline_fits(config, shape)
+        yield from diloco_fits(config, shape)
         yield from batch_divides(config, shape)
         yield from model_divides(config, shape)
         yield from mesh_axes_are_used(config, shape)

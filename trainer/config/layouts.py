@@ -108,6 +108,7 @@ def rules_are_known(config: TrainConfig) -> Iterator[Problem]:
 def mesh_axes_are_used(config: TrainConfig, mesh: Mapping[str, int]) -> Iterator[Problem]:
     """Every mesh axis splits something: otherwise all devices of it would do the same work."""
     split = {axis for name in ("batch", "length") for axis in _axes_of(name, config.sharding)}
+    split |= {"diloco"} if config.diloco is not None else set()
     split |= {axis for _, layout in weight_layouts(config, mesh) for winner in layout.winners if winner for axis in winner[1]}
     for axis, degree in used(mesh).items():
         if axis not in split:
@@ -130,8 +131,9 @@ def weights_are_split(config: TrainConfig, mesh: Mapping[str, int]) -> Iterator[
 
 def batch_divides(config: TrainConfig, mesh: Mapping[str, int]) -> Iterator[Problem]:
     """Every microbatch, and every evaluation batch, has the same number of sequences on every shard of the batch."""
-    shards, accumulation = batch_shards(mesh, config.sharding), config.batch.accumulation
-    axes = product({axis: mesh.get(axis, 1) for axis in _axes_of("batch", config.sharding)})
+    replicas = mesh.get("diloco", 1) if config.diloco is not None else 1
+    shards, accumulation = replicas * batch_shards(mesh, config.sharding), config.batch.accumulation
+    axes = product({"diloco": replicas} | {axis: mesh.get(axis, 1) for axis in _axes_of("batch", config.sharding)})
     batches = {"batch.global_batch": (config.batch.global_batch, accumulation)}
     if config.eval is not None and config.eval.global_batch is not None:
         batches["eval.global_batch"] = (config.eval.global_batch, 1)

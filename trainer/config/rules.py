@@ -58,6 +58,11 @@ def inside_pipeline(rules: Sequence[Rule]) -> tuple[Rule, ...]:
     return tuple((name, tuple(axis for axis in axes if axis != "stage")) for name, axes in rules if name != "stage")
 
 
+def across_replicas(rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """The rules for a batch of all replicas: replica r has the r-th part of its rows."""
+    return tuple((name, ("diloco", *axes) if name == "batch" else axes) for name, axes in rules)
+
+
 @dataclass(frozen=True)
 class Skip:
     """A rule that named a dim of the tensor and did not apply."""

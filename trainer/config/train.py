@@ -9,6 +9,7 @@ from pydantic import Field
 from trainer.config.base import Node, NonNegativeInt, PositiveInt
 from trainer.config.compiler import Compiler
 from trainer.config.data import Data
+from trainer.config.diloco import DiLoCo
 from trainer.config.mesh import Mesh
 from trainer.config.model import Model
 from trainer.config.optimizer import AdamW, Loss, Optimizer, Schedule
@@ -29,6 +30,7 @@ class TrainConfig(Node):
     batch: Batch
     mesh: Mesh = Mesh()
     pipeline: Pipeline | None = None
+    diloco: DiLoCo | None = None
     sharding: Sharding = Sharding()
     optimizer: Optimizer = AdamW()
     schedule: Schedule

@@ -29,6 +29,30 @@ def read_arrays(metrics: Mapping[str, jax.Array]) -> dict[str, list[Any]]:
     return {name: np.asarray(value).astype(np.float64).round(4).tolist() for name, value in metrics.items() if value.ndim}
 
 
+def read_replicas(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+    """As `read`, of metrics with a leading dim that counts replicas: counts of tokens summed, everything else averaged.
+
+    Also `replica_R_loss` of each. A process that does not hold all replicas speaks of its own ones: nothing is exchanged,
+    and its counts are scaled to all of them.
+    """
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if value.ndim > 1:
+            continue
+        own = {shard.index[0].start or 0: shard for shard in value.addressable_shards}
+        mean = float(np.mean([np.mean(np.asarray(shard.data)) for shard in own.values()]))
+        found[name] = mean * value.shape[0] if name.endswith("tokens") else mean
+        if name == "loss":
+            for start, shard in own.items():
+                found |= {f"replica_{start + offset}_loss": float(loss) for offset, loss in enumerate(np.asarray(shard.data))}
+    return found
+
+
+def read_replica_arrays(metrics: Mapping[str, jax.Array]) -> dict[str, list[Any]]:
+    """As `read_arrays`, of the first replica that this process holds."""
+    return read_arrays({name: value.addressable_shards[0].data[0] for name, value in metrics.items() if value.ndim > 1})
+
+
 class StepClock:
     """Seconds a step took: the time between the ends of it and of the one before.
 

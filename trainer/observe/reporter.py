@@ -15,7 +15,7 @@ from trainer.config.train import TrainConfig
 from trainer.observe.background import Background, Writer
 from trainer.observe.console import Console
 from trainer.observe.jsonl import JsonLines
-from trainer.observe.metrics import StepClock, read, read_arrays, start_copy
+from trainer.observe.metrics import StepClock, read, read_arrays, read_replica_arrays, read_replicas, start_copy
 from trainer.observe.tensorboard import TensorBoard
 
 CLOSE_SECONDS: Final = 5.0
@@ -75,7 +75,10 @@ class Reporter:
             return None
         step, metrics = self._pending
         self._pending = None
-        values, arrays = read(metrics), read_arrays(metrics)
+        if self._config.diloco is None:
+            values, arrays = read(metrics), read_arrays(metrics)
+        else:
+            values, arrays = read_replicas(metrics), read_replica_arrays(metrics)
         self._log_step(step, values, arrays, self._clock())
         return {"step": step, **values}
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer.config.layouts import stored_layout
-from trainer.config.rules import Resolution, inside_pipeline, resolve
+from trainer.config.rules import Resolution, across_replicas, inside_pipeline, resolve
 from trainer.config.sharding import Sharding
 from trainer.config.train import TrainConfig
 from trainer.parallel.mesh import build_mesh
@@ -36,6 +36,8 @@ class Layout:
     sharding_config: Sharding = STANDARD
     inside_stage: bool = False
     """Within a pipeline's stage: the `stage` axis is taken, the batch is split over the others."""
+    all_replicas: bool = False
+    """For what all replicas of DiLoCo do together: the batch is split over `diloco` too. A replica's own step knows nothing of the axis."""
 
     @classmethod
     def of(cls, config: TrainConfig, devices: Sequence[Device], *, slices: int = 1) -> Layout:
@@ -45,7 +47,9 @@ class Layout:
     def spec(self, axes: Sequence[str | None], shape: Sequence[int], weight: str | None = None) -> PartitionSpec:
         """Mesh axes of a tensor with these logical axes; `weight` is its path where it is a weight, or belongs to one."""
         rules = self.sharding_config.table(weight)
-        return _partition_spec(resolve(axes, shape, self.mesh.shape, inside_pipeline(rules) if self.inside_stage else rules))
+        rules = inside_pipeline(rules) if self.inside_stage else rules
+        rules = across_replicas(rules) if self.all_replicas else rules
+        return _partition_spec(resolve(axes, shape, self.mesh.shape, rules))
 
     def sharding(self, axes: Sequence[str | None], shape: Sequence[int], weight: str | None = None) -> NamedSharding:
         return NamedSharding(self.mesh, self.spec(axes, shape, weight))
@@ -53,6 +57,10 @@ class Layout:
     def stored(self, axes: Sequence[str | None], shape: Sequence[int], weight: str | None = None) -> NamedSharding:
         """Of a weight, or of a tensor the optimizer keeps for it, between steps."""
         return NamedSharding(self.mesh, _partition_spec(stored_layout(self.sharding_config, axes, shape, weight, self.mesh.shape)))
+
+    def of_batch(self, config: TrainConfig) -> Layout:
+        """The layout of whole batches of a run."""
+        return self if config.diloco is None else replace(self, all_replicas=True)
 
     @property
     def replicated(self) -> NamedSharding:
