@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from trainer.ledger import Batch, Forward, Statistics, counts_of, forward_sums, 
 from trainer.loss import LossSums
 from trainer.model import Transformer
 from trainer.model.byproducts import statistics_metrics
+from trainer.model.dropout import token_noise
 from trainer.model.tiles import tiled_loss_sums
 from trainer.optim import build_schedule
 from trainer.parallel.compiler import compiler_options
@@ -24,6 +25,9 @@ from trainer.parallel.sharding import Layout, constrain, use_layout
 from trainer.replicas import over_replicas
 from trainer.silent import TermProbe
 from trainer.state import StateSpec, gathered
+
+NOISE: Final = "noise"
+"""Beside the arrays of a batch, where there is dropout: a random number of each token, uint32 [B, T]."""
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[nnx.State, Batch], tuple[nnx.State, Metrics]]
@@ -64,6 +68,9 @@ def _one_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> TrainStep
             def forward(params: nnx.State, microbatch: Batch) -> Forward:
                 return _forward(config, nnx.merge(model_def, params, rest), microbatch, terms)
 
+            if config.model.dropout:
+                noise = token_noise(train.key[...], train.optimizer.step[...], batch["positions"], batch["segments"])
+                batch = {**batch, NOISE: noise}
             sums, gradients, statistics = accumulate(config, forward, params, batch, terms, shardings)
             metrics = {
                 **ledger_metrics(config, sums, terms),
@@ -159,7 +166,7 @@ def accumulate(
 
 def _forward(config: TrainConfig, model: nnx.Module, batch: Batch, terms: Sequence[Term]) -> Forward:
     assert isinstance(model, Transformer)
-    found = model.run(batch["inputs"], batch["positions"], batch["segments"])
+    found = model.run(batch["inputs"], batch["positions"], batch["segments"], batch.get(NOISE))
     enabled = {term.name for term in terms}
     kept = {name: value for name, value in found.terms.items() if name in enabled}
     if config.loss.tiles > 1:

@@ -53,6 +53,9 @@ class Model(Node):
     final_norm: Norm = Norm()
     tie_embeddings: bool = False
     head_soft_cap: PositiveFloat | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
+    """Share of the elements of embedded tokens, and of what each attention and each MLP adds, that a training step leaves
+    out. Which ones depends on seed, step, layer and place in the global batch alone."""
     compute_dtype: Dtype = "bfloat16"
     """Dtype of matmul inputs; weights, softmax, norms and the loss stay float32."""
     matmul_precision: Literal["default", "highest"] = "default"

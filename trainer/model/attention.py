@@ -7,7 +7,7 @@ value (H here), D model width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from trainer.config.model import Attention as AttentionSpec
 from trainer.config.model import AttentionKernel, Block, Rope
 from trainer.config.model import LatentAttention as LatentSpec
+from trainer.model.dropout import Dropout, Site
 from trainer.model.kernels import splash_attention, uses_splash
 from trainer.model.layers import Params, RmsNorm, add_bias, einsum_float32, select, under
 from trainer.model.rope import Table, rope_table, rotate
@@ -51,6 +52,16 @@ class Context:
     kernel: AttentionKernel = "plain"
     positions: jax.Array | None = None
     """int32 [B, T], each token's place in its document."""
+    dropout: Dropout | None = None
+
+    def drop(self, x_BTD: jax.Array, site: Site) -> jax.Array:
+        return x_BTD if self.dropout is None else self.dropout(x_BTD, site)
+
+    def later(self, layers: jax.Array | int | None) -> Context:
+        """The context so many layers further on."""
+        if self.dropout is None or layers is None:
+            return self
+        return replace(self, dropout=replace(self.dropout, layer=self.dropout.layer + layers))
 
     def attend(
         self,

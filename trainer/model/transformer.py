@@ -6,6 +6,7 @@ B sequences, T tokens, N = B x T rows, D model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import jax
@@ -20,6 +21,7 @@ from trainer.config.pipeline import PipelinePlan
 from trainer.config.weights import weights
 from trainer.model.attention import Attention, ByProducts, Cache, Context, make_context
 from trainer.model.byproducts import Outputs, advance_bias, mixture_sums
+from trainer.model.dropout import Dropout
 from trainer.model.latent import LatentAttention
 from trainer.model.layers import Mlp, Params, RmsNorm, einsum_float32, lookup, select, under
 from trainer.model.moe import MixtureOfExperts
@@ -48,9 +50,9 @@ class Block(nnx.Module):
         x_BTD = checkpoint_name(x_BTD, "block_input")
         x_BTD = select(context.valid, constrain(x_BTD, HIDDEN_AXES))
         mixed_BTD, products = self.attention(normed(self.attention_norm, x_BTD), context, past)
-        x_BTD = x_BTD + normed(self.attention_post_norm, mixed_BTD)
+        x_BTD = x_BTD + context.drop(normed(self.attention_post_norm, mixed_BTD), "attention")
         mlp_BTD, routed = self.run_mlp(normed(self.mlp_norm, x_BTD), context)
-        x_BTD = x_BTD + normed(self.mlp_post_norm, mlp_BTD)
+        x_BTD = x_BTD + context.drop(normed(self.mlp_post_norm, mlp_BTD), "mlp")
         return constrain(x_BTD, HIDDEN_AXES), products | routed
 
     def run_mlp(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, ByProducts]:
@@ -84,9 +86,15 @@ class Transformer(nnx.Module):
         """
         return self.logits(self.hidden(tokens_BT, positions_BT, segments_BT), segments_BT)
 
-    def run(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> Outputs:
-        """What `hidden` returns, and what the layers say beside it. Arguments as of a call."""
-        x_BTD, products = self.forward(tokens_BT, self.context(positions_BT, segments_BT))
+    def run(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, noise_BT: jax.Array | None = None) -> Outputs:
+        """What `hidden` returns, and what the layers say beside it. Arguments as of a call.
+
+        noise: what `trainer.model.dropout.token_noise` gives, where dropout is wanted: in training.
+        """
+        context = self.context(positions_BT, segments_BT)
+        if noise_BT is not None:
+            context = replace(context, dropout=Dropout(self.spec.dropout, noise_BT))
+        x_BTD, products = self.forward(tokens_BT, context)
         return Outputs(x_BTD, *mixture_sums(self.spec, products))
 
     def advance(self, statistics: Mapping[str, jax.Array]) -> None:
@@ -109,7 +117,7 @@ class Transformer(nnx.Module):
         pattern a tree with a leading `layer` dim; unrolled: a list of such lists, by repeat, without that dim.
         """
         with jax.default_matmul_precision(self.spec.matmul_precision):
-            x_BTD = self.embedding(tokens_BT, context.valid)
+            x_BTD = context.drop(self.embedding(tokens_BT, context.valid), "embedding")
             products: list[Any] = []
             remembered = [None] * len(self.spec.segments) if past is None else past
             for index, (segment, positions, caches) in enumerate(zip(self.spec.segments, self.segments, remembered, strict=True)):
@@ -117,6 +125,7 @@ class Transformer(nnx.Module):
                     x_BTD, product = self.run_pipelined(self.pipeline, segment, positions, x_BTD, context)
                 else:
                     x_BTD, product = self.run_segment(segment.repeats, positions, x_BTD, context, caches)
+                context = context.later(segment.repeats * len(segment.pattern))
                 products.append(product)
             return self.final_norm(select(context.valid, x_BTD)), products
 
@@ -135,13 +144,14 @@ class Transformer(nnx.Module):
         blocks = nnx.List([position["pipeline"] for position in positions])
         policy = policy_of(self.spec.remat)
         rows = {"positions": context.positions, "segments": context.segments}
-        x_BTD, products = run_stages(self.spec, segment, blocks, x_BTD, rows, plan, policy=policy, axes=HIDDEN_AXES)
+        dropout = context.dropout
+        x_BTD, products = run_stages(self.spec, segment, blocks, x_BTD, rows, plan, policy=policy, axes=HIDDEN_AXES, dropout=dropout)
         if self.spec.layers == "unroll":
             products = [jax.tree.map(lambda leaf, index=repeat: leaf[index], products) for repeat in range(plan.patterns)]
         if (rest := segment.repeats - plan.patterns) == 0:
             return x_BTD, products
         after = nnx.List([position["after"] for position in positions])
-        x_BTD, found = self.run_segment(rest, after, x_BTD, context)
+        x_BTD, found = self.run_segment(rest, after, x_BTD, context.later(plan.patterns * len(positions)))
         if self.spec.layers == "unroll":
             return x_BTD, products + found
         return x_BTD, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), products, found)
@@ -152,11 +162,18 @@ class Transformer(nnx.Module):
         """All repeats of one segment's pattern; `past` and by-products as of `forward`, of this segment."""
         if self.spec.layers == "scan":
             graphdef, stacked = self.split(positions)
-            return jax.lax.scan(lambda x, layer: self.run_pattern(graphdef, layer[0], x, context, layer[1]), x_BTD, (stacked, past))
+            layers = None if context.dropout is None else jnp.arange(repeats) * len(positions)
+
+            def body(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, list[ByProducts]]:
+                params, cache, number = layer
+                return self.run_pattern(graphdef, params, x_BTD, context.later(number), cache)
+
+            return jax.lax.scan(body, x_BTD, (stacked, past, layers))
         products: list[Any] = []
         for repeat in range(repeats):
             graphdef, params = self.split(nnx.List([blocks[repeat] for blocks in positions]))
-            x_BTD, product = self.run_pattern(graphdef, params, x_BTD, context, None if past is None else past[repeat])
+            here = context.later(repeat * len(positions))
+            x_BTD, product = self.run_pattern(graphdef, params, x_BTD, here, None if past is None else past[repeat])
             products.append(product)
         return x_BTD, products
 
@@ -166,8 +183,8 @@ class Transformer(nnx.Module):
         """One repeat of a pattern; each block is rematerialised on its own. By-products (and `past`) by position."""
         products: list[ByProducts] = []
         blocks = nnx.merge(graphdef, params)
-        for block, cache in zip(blocks, [None] * len(blocks) if past is None else past, strict=True):
-            x_BTD, product = self.run_block(block, x_BTD, context, cache)
+        for position, (block, cache) in enumerate(zip(blocks, [None] * len(blocks) if past is None else past, strict=True)):
+            x_BTD, product = self.run_block(block, x_BTD, context.later(position), cache)
             products.append(product)
         return x_BTD, products
 
