@@ -29,7 +29,7 @@ class SilentTerms:
     """
 
     def __init__(self, config: TrainConfig, probe: TermProbe, reporter: Events) -> None:
-        self._every = config.loss.silent_term_steps
+        self._every, self._last = config.loss.silent_term_steps, config.steps
         self._weights = {term.name: term.weight for term in loss_terms(config)}
         self._probe = probe
         self._reporter = reporter
@@ -42,7 +42,7 @@ class SilentTerms:
         if previous is not None:
             self._count_zeros(previous)
         self._read_gradients()
-        if self._weights and (n + 1) % self._every == 0:
+        if self._weights and (n + 1) % self._every == 0 and n + 1 < self._last:
             self._pending = n, {name: self._probe(state, batch, number) for number, name in enumerate(self._weights)}
 
     def _count_zeros(self, values: Mapping[str, float]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,8 +12,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from tests.trainer.configs import config, layout, put, ragged_batch
+from tests.trainer.configs import BATCH, LENGTH, config, layout, put, ragged_batch
 from trainer.config.train import TrainConfig
+from trainer.contract import Exit
+from trainer.run import run as run_all
 from trainer.silent import SilentTerms, TermProbe
 from trainer.state import describe_state, initial_state
 from trainer.step import make_term_probe
@@ -87,3 +91,14 @@ def test_what_is_measured_is_the_norm_of_the_terms_own_gradient_by_what_is_train
     np.testing.assert_allclose(found["value"], value, rtol=1e-6)
     np.testing.assert_allclose(found["gradient_norm"], optax.tree.norm(gradient), rtol=1e-5)
     assert float(found["tokens"]) == rows["weights"].sum()
+
+
+def test_a_run_logs_its_terms_with_their_gradient_norms(tmp_path: Path) -> None:
+    source = {"sources": [{"type": "synthetic"}]}
+    overrides = Z_LOSS, "loss.silent_term_steps=2", "mesh.ici.fsdp=2", "mesh.ici.data=4"
+    assert run_all(config(*overrides, run_directory=str(tmp_path), steps=4, data=source, metrics={"writers": ["jsonl"]})) == Exit.DONE
+    records = [json.loads(line) for line in (tmp_path / "metrics" / "metrics.jsonl").read_text().splitlines()]
+    [event] = [record for record in records if record.get("event") == "loss terms"]
+    term = event["terms"]["z_loss"]
+    assert event["step"] == 1 and term["weight"] == 0.1 and term["tokens"] == BATCH * LENGTH
+    assert term["gradient_norm"] > 0 and term["value"] > 0
