@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.trainer.configs import config, layout, put, ragged_batch
 from trainer.loss import LossSums
@@ -42,19 +43,32 @@ def test_masks_of_steps_layers_sites_and_tokens_have_nothing_in_common() -> None
 
 
 def losses(*overrides: str) -> list[float]:
-    run = config("model.matmul_precision=highest", *overrides)
+    run = config("model.matmul_precision=highest", "model.dropout=0.3", "model.segments.0.repeats=4", *overrides)
     where = layout(run)
     spec = describe_state(run, where)
     state, step, found = initial_state(run, spec), make_train_step(run, spec, where), []
-    for n in range(3):
+    for n in range(2):
         state, metrics = step(state, put(ragged_batch(n), where))
         found.append(float(metrics["loss"]))
     return found
 
 
-def test_the_losses_are_those_of_another_mesh_accumulation_layer_form_and_remat() -> None:
-    spread = "model.layers=unroll", "model.remat=none", "batch.accumulation=4", "mesh.ici.fsdp=2", "mesh.ici.tensor=4"
-    np.testing.assert_allclose(losses("model.dropout=0.3", *spread), losses("model.dropout=0.3"), rtol=1e-5)
+SPREAD = {
+    "unrolled, accumulation 4, nothing recomputed": (
+        "model.layers=unroll", "model.remat=none", "batch.accumulation=4", "mesh.ici.fsdp=2", "mesh.ici.tensor=4",
+    ),
+    "pipelined, accumulation 2": ("pipeline={}", "mesh.ici.stage=2", "mesh.ici.fsdp=2", "mesh.ici.tensor=2", "batch.accumulation=2"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[float]:
+    return losses()
+
+
+@pytest.mark.parametrize("how", [pytest.param(how, marks=pytest.mark.full) if how.startswith("unrolled") else how for how in SPREAD])
+def test_the_losses_do_not_depend_on_mesh_accumulation_layer_form_remat_or_stages(how: str, reference: list[float]) -> None:
+    np.testing.assert_allclose(losses(*SPREAD[how]), reference, rtol=1e-5)
 
 
 def test_an_evaluation_has_none() -> None:
