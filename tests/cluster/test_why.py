@@ -6,6 +6,7 @@ import json
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+from launcher.backend.kubernetes_scene import REQUESTS
 from launcher.observe.why import why
 from tests.cluster.record import clear, make
 from tests.cluster.situations import SITUATIONS, Situation
@@ -17,7 +18,9 @@ def judge(situation: Situation) -> str:
     ns = f"w-{situation.name}-{uuid.uuid4().hex[:4]}"
     try:
         backend, job = make(situation, ns)
+        before = backend._api.requests
         found = why(backend.scene(job))
+        assert backend._api.requests - before <= REQUESTS
         if situation.name == "bad-config":
             typed = nnxlaunch("why", job, "-n", ns, "--output", "json")
             assert json.loads(typed.stdout)["code"] == found.code, typed.stderr
