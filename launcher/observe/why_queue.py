@@ -36,8 +36,8 @@ def queue_causes(scene: Scene) -> Iterator[Cause]:
         yield _no_workload(scene)
         return
     yield from _evicted_for_good(scene, conditions)
+    yield from _preempted(scene, conditions)  # before what follows: its quota stays reserved for a moment
     yield from _waits_for_checks(scene, conditions)
-    yield from _preempted(scene, conditions)
     yield from _no_quota(scene, conditions)
     yield _in_line(scene, conditions)
 
