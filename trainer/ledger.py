@@ -8,14 +8,16 @@ the whole global batch, known before the first microbatch, so that the gradient 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from trainer.config.terms import Count, Term
+from trainer.config.terms import DEPTHS, Count, Term
 from trainer.config.train import TrainConfig
 from trainer.loss import LossSums, loss_sums
+from trainer.model.multi_token import ahead, goes_on
 
 Batch = dict[str, jax.Array]
 Statistics = dict[str, jax.Array]
@@ -32,9 +34,23 @@ class Forward(NamedTuple):
     statistics: Statistics
 
 
+def targets_ahead(batch: Batch, k: int) -> Batch:
+    """`targets` and `weights` [B, T] of the k-th module of multi-token prediction: those k places on in the same document."""
+    there_BT = goes_on(batch["segments"], k)
+    return {
+        "targets": jnp.where(there_BT, ahead(batch["targets"], k), 0),
+        "weights": jnp.where(there_BT, ahead(batch["weights"], k), 0),
+    }
+
+
+def _tokens_ahead(k: int, batch: Batch) -> jax.Array:
+    return jnp.sum(targets_ahead(batch, k)["weights"] > 0, dtype=jnp.float32)
+
+
 COUNTS: Final[dict[Count, Callable[[Batch], jax.Array]]] = {
     "tokens": lambda batch: jnp.sum(batch["weights"] > 0, dtype=jnp.float32),
     "positions": lambda batch: jnp.sum(batch["segments"] != 0, dtype=jnp.float32),
+    **{name: partial(_tokens_ahead, k) for k, name in enumerate(DEPTHS, 1)},
 }
 
 

@@ -18,7 +18,7 @@ from trainer.checkpoint.mismatch import compare_meta
 from trainer.checkpoint.peers import Peers
 from trainer.config.checks import check_train
 from trainer.config.problem import ConfigError, Problem
-from trainer.config.terms import model_terms
+from trainer.config.terms import eval_terms
 from trainer.config.train import TrainConfig
 from trainer.contract import Exit
 from trainer.data import BatchLoader, Data, differences, open_data
@@ -120,7 +120,7 @@ def _evaluation(config: TrainConfig, data: Data, layout: Layout, eval_step: Eval
     assert split is not None and config.eval is not None
     feed = Feed(layout.of_batch(config), split.global_batch, config.batch.sequence_length)
     # Compiled, because placing a host value on the devices of other processes compares it on all of them first.
-    zero = jax.jit(functools.partial(LossSums.zero, model_terms(config)), out_shardings=layout.replicated)
+    zero = jax.jit(functools.partial(LossSums.zero, eval_terms(config)), out_shardings=layout.replicated)
 
     def evaluate(state: nnx.State) -> LossSums:
         sums = zero()

@@ -11,13 +11,15 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from trainer.config.terms import Term, loss_terms, model_terms
+from trainer.config.optimizer import Loss
+from trainer.config.terms import Term, eval_terms, loss_terms, model_terms
 from trainer.config.train import TrainConfig
-from trainer.ledger import Batch, Forward, Statistics, counts_of, forward_sums, ledger_metrics, mean_loss
+from trainer.ledger import Batch, Forward, Statistics, counts_of, forward_sums, ledger_metrics, mean_loss, targets_ahead
 from trainer.loss import LossSums
 from trainer.model import Transformer
 from trainer.model.byproducts import statistics_metrics
 from trainer.model.dropout import token_noise
+from trainer.model.multi_token import ahead
 from trainer.model.tiles import tiled_loss_sums
 from trainer.optim import build_schedule
 from trainer.parallel.compiler import compiler_options
@@ -89,8 +91,8 @@ def _one_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> TrainStep
 
 
 def make_eval_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> EvalStep:
-    """The jitted `(state, sums so far, batch) -> sums`; the state is only read."""
-    terms = model_terms(config)
+    """The jitted `(state, sums so far, batch) -> sums`, those of `eval_terms` among them; the state is only read."""
+    terms = eval_terms(config)
 
     def eval_step(state: nnx.State, sums: LossSums, batch: Batch) -> LossSums:
         with use_layout(layout.of_batch(config)):
@@ -165,13 +167,29 @@ def accumulate(
 
 
 def _forward(config: TrainConfig, model: nnx.Module, batch: Batch, terms: Sequence[Term]) -> Forward:
+    """What the forward pass adds to `terms`, the model's or those of an evaluation."""
     assert isinstance(model, Transformer)
-    found = model.run(batch["inputs"], batch["positions"], batch["segments"], batch.get(NOISE))
-    enabled = {term.name for term in terms}
-    kept = {name: value for name, value in found.terms.items() if name in enabled}
-    if config.loss.tiles > 1:
+    tiles, segments_BT = config.loss.tiles, batch["segments"]
+    found = model.run(batch["inputs"], batch["positions"], segments_BT, batch.get(NOISE))
+    wanted = {term.name for term in terms}
+    sums = {**found.terms}
+    for k, hidden_BTD in enumerate(found.further, 1):
+        rows = {**batch, **targets_ahead(batch, k)}
+        sums[f"multi_token_{k}"] = tiled_loss_sums(model, hidden_BTD, rows, Loss(tiles=tiles)).cross_entropy
+        if f"accepted_{k}" in wanted:
+            drafted_BT, own_BT = (_best_tokens(model, x_BTD, segments_BT, tiles) for x_BTD in (hidden_BTD, found.hidden))
+            sums[f"accepted_{k}"] = jnp.sum((drafted_BT == ahead(own_BT, k)) & (rows["weights"] > 0), dtype=jnp.float32)
+    kept = {name: value for name, value in sums.items() if name in wanted}
+    if tiles > 1:
         return Forward(tiled_loss_sums(model, found.hidden, batch, config.loss), kept, found.statistics)
-    return Forward(model.logits(found.hidden, batch["segments"]), kept, found.statistics)
+    return Forward(model.logits(found.hidden, segments_BT), kept, found.statistics)
+
+
+def _best_tokens(model: Transformer, hidden_BTD: jax.Array, segments_BT: jax.Array, tiles: int) -> jax.Array:
+    """The likeliest next tokens, int32 [B, T], of one tile of the sequence after the other."""
+    parts = [jnp.stack(jnp.split(x, tiles, axis=1)) for x in (hidden_BTD, segments_BT)]
+    best_tBT = jax.lax.map(lambda part: jnp.argmax(model.logits(part[0], part[1]), axis=-1), (parts[0], parts[1]))
+    return jnp.moveaxis(best_tBT, 0, 1).reshape(segments_BT.shape)
 
 
 def _microbatches(batch: Batch, count: int) -> Batch:

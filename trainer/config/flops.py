@@ -23,10 +23,11 @@ class ForwardFlops:
     attention: int  # scores and weighted sums
     mlp: int  # of a mixture: the router, and the experts a token passes
     head: int
+    multi_token: int = 0  # modules of multi-token prediction, each with the head
 
     @property
     def total(self) -> int:
-        return self.projections + self.attention + self.mlp + self.head
+        return self.projections + self.attention + self.mlp + self.head + self.multi_token
 
 
 def forward_flops(model: Model, sequence_length: int) -> ForwardFlops:
@@ -38,6 +39,7 @@ def forward_flops(model: Model, sequence_length: int) -> ForwardFlops:
         attention=sum(repeats * _attention_flops(block.attention, T) for block, repeats in layers),
         mlp=sum(repeats * 2 * T * _mlp_weights(block.mlp, D) for block, repeats in layers),
         head=2 * T * D * model.vocab_size,
+        multi_token=model.depth * _module_flops(model, T),
     )
 
 
@@ -56,6 +58,12 @@ def visible_pairs(sequence_length: int, window: int | None) -> int:
     T = sequence_length
     full = min(T, window) if window is not None else T
     return full * (full + 1) // 2 + (T - full) * full
+
+
+def _module_flops(model: Model, sequence_length: int) -> int:
+    block, D = model.blocks[-1], model.width
+    weights = 2 * D * D + _projection_weights(block.attention, D) + _mlp_weights(block.mlp, D) + D * model.vocab_size
+    return 2 * sequence_length * weights + _attention_flops(block.attention, sequence_length)
 
 
 def _projection_weights(attention: Attention | LatentAttention, width: int) -> int:

@@ -39,6 +39,17 @@ class Segment(Node):
     repeats: PositiveInt
 
 
+class MultiToken(Node):
+    """Multi-token prediction (DeepSeek-V3, 2024, section 2.2): module k predicts one token further than module k - 1.
+
+    A module joins what the one before (the model itself, before the first) says of a token with the embedding of the token
+    k places on, and runs one more block, built as the model's last; embedding and head are the model's. `loss.multi_token_weight`.
+    """
+
+    depth: Annotated[int, Field(ge=1, le=4, strict=True)] = 1
+    """Modules: tokens predicted beyond the next one."""
+
+
 class Model(Node):
     """A decoder-only transformer. `preset: NAME` fills everything; other keys override it."""
 
@@ -51,6 +62,7 @@ class Model(Node):
     """Embedded tokens are multiplied by it (Gemma: the square root of the width)."""
     segments: Annotated[tuple[Segment, ...], Field(min_length=1)]
     final_norm: Norm = Norm()
+    multi_token: MultiToken | None = None
     tie_embeddings: bool = False
     head_soft_cap: PositiveFloat | None = None
     dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
@@ -79,6 +91,11 @@ class Model(Node):
         return sum(len(segment.pattern) * segment.repeats for segment in self.segments)
 
     @property
+    def depth(self) -> int:
+        """Modules of multi-token prediction."""
+        return self.multi_token.depth if self.multi_token else 0
+
+    @property
     def patterns(self) -> list[Block]:
         """The blocks of every segment's pattern, once each."""
         return [block for segment in self.segments for block in segment.pattern]
@@ -91,6 +108,6 @@ class Model(Node):
 
 __all__ = [
     "Attention", "AttentionKernel", "BiasBalancing", "Block", "Capacity", "Clamp", "DenseDispatch", "Dropless", "Dtype", "GatedMlp",
-    "Groups", "LatentAttention", "LinearScaling", "Llama3Scaling", "Model", "Moe", "Norm", "Remat", "RematPolicy", "RematTensors",
-    "Rope", "Router", "Segment", "YarnScaling",
+    "Groups", "LatentAttention", "LinearScaling", "Llama3Scaling", "Model", "Moe", "MultiToken", "Norm", "Remat",
+    "RematPolicy", "RematTensors", "Rope", "Router", "Segment", "YarnScaling",
 ]  # fmt: skip

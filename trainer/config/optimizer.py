@@ -150,6 +150,8 @@ class Loss(Node):
     tiles: PositiveInt = 1
     """Tiles of a sequence whose logits are computed one after another, and again in the backward pass: with a large
     vocabulary the logits are the largest arrays of a step. 1: all at once."""
+    multi_token_weight: PositiveFloat = 0.1
+    """Of multi-token prediction: weight of the modules' cross-entropies, mean over the modules (DeepSeek-V3 began with 0.3)."""
     silent_term_steps: PositiveInt = 100
     """An enabled term that is exactly zero for so many steps is an error event. Every so many steps each term's gradient
     norm is measured on one microbatch and logged; a norm of zero is an error event too."""

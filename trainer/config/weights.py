@@ -8,6 +8,7 @@ a leading `layer` dim of size `repeats`), `segments/S/P/R/attention/query` (unro
 In a pipelined segment: `segments/S/P/pipeline/attention/query` (leading dims `repeat`, `stage`, `layer`, which in this
 order are the segment's first repeats) and, for the repeats behind the pipeline, `segments/S/P/after/attention/query`,
 stacked, or unrolled `segments/S/P/after/R/attention/query` with R counted from 0.
+Modules of multi-token prediction: `multi_token/K/from_hidden`, `multi_token/K/block/attention/query`, K from 0.
 """
 
 from __future__ import annotations
@@ -127,6 +128,18 @@ def _weights(model: Model, pipeline: PipelinePlan | None) -> Iterator[Weight]:
     yield _norm("final_norm", model.final_norm, model.width)
     if not model.tie_embeddings:
         yield Weight("head/kernel", (model.width, model.vocab_size), ("embed", "vocab"), normal, 1)
+    for index in range(model.depth):
+        yield from _module(f"multi_token/{index}", model, normal)
+
+
+def _module(path: str, model: Model, normal: Normal) -> Iterator[Weight]:
+    """A module of multi-token prediction. Its joint projection of two vectors is two matrices, whose results are added."""
+    for name in ("hidden", "token"):
+        yield _norm(f"{path}/{name}_norm", model.final_norm, model.width)
+        yield Weight(f"{path}/from_{name}", (model.width, model.width), ("embed", "norm"), normal, 1)
+    for weight in _block(model.blocks[-1], model.width, normal):
+        yield replace(weight, path=f"{path}/block/{weight.path}")
+    yield _norm(f"{path}/final_norm", model.final_norm, model.width)
 
 
 class _Form(NamedTuple):

@@ -25,6 +25,7 @@ from trainer.model.dropout import Dropout
 from trainer.model.latent import LatentAttention
 from trainer.model.layers import Mlp, Params, RmsNorm, einsum_float32, lookup, select, under
 from trainer.model.moe import MixtureOfExperts
+from trainer.model.multi_token import Module, ahead, goes_on
 from trainer.model.remat import policy_of
 from trainer.model.stages import run_stages
 from trainer.parallel.sharding import constrain
@@ -77,6 +78,7 @@ class Transformer(nnx.Module):
         self.segments = nnx.List([_segment(spec, index, params, pipeline) for index in range(len(spec.segments))])
         self.final_norm = RmsNorm(spec.final_norm, under(params, "final_norm"))
         self.head = nnx.Dict(under(params, "head"))
+        self.multi_token = nnx.List([_module(spec, under(params, f"multi_token/{k}")) for k in range(spec.depth)])
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, V].
@@ -89,13 +91,36 @@ class Transformer(nnx.Module):
     def run(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, noise_BT: jax.Array | None = None) -> Outputs:
         """What `hidden` returns, and what the layers say beside it. Arguments as of a call.
 
-        noise: what `trainer.model.dropout.token_noise` gives, where dropout is wanted: in training.
+        noise: what `trainer.model.dropout.token_noise` gives, where dropout is wanted: in training. The modules of multi-token
+        prediction have none.
         """
-        context = self.context(positions_BT, segments_BT)
+        plain = context = self.context(positions_BT, segments_BT)
         if noise_BT is not None:
             context = replace(context, dropout=Dropout(self.spec.dropout, noise_BT))
         x_BTD, products = self.forward(tokens_BT, context)
-        return Outputs(x_BTD, *mixture_sums(self.spec, products))
+        hidden, further = x_BTD, list[jax.Array]()
+        for k, module in enumerate(self.multi_token, 1):
+            x_BTD, product = self.look_ahead(module, k, x_BTD, tokens_BT, segments_BT, plain)
+            further.append(x_BTD)
+            products.append(product)
+        return Outputs(hidden, tuple(further), *mixture_sums(self.spec, products))
+
+    def look_ahead(
+        self, module: Module, k: int, x_BTD: jax.Array, tokens_BT: jax.Array, segments_BT: jax.Array, context: Context
+    ) -> tuple[jax.Array, ByProducts]:
+        """The k-th module's output after its final norm, [B, T, D]; where the document has ended before, it has no meaning."""
+        there_BT = goes_on(segments_BT, k)
+        with jax.default_matmul_precision(self.spec.matmul_precision):
+            token_BTD = select(there_BT, self.embedding(ahead(tokens_BT, k), there_BT))
+            graphdef, params = self.split(nnx.List([module.block]))
+
+            def pure(params: nnx.State, x_BTD: jax.Array) -> tuple[jax.Array, ByProducts]:
+                return nnx.merge(graphdef, params)[0](x_BTD, context)
+
+            policy = policy_of(self.spec.remat)
+            run = pure if policy is None else jax.checkpoint(pure, policy=policy)
+            x_BTD, product = run(params, module.join(select(context.valid, x_BTD), token_BTD))
+            return module.final_norm(select(context.valid, x_BTD)), product
 
     def advance(self, statistics: Mapping[str, jax.Array]) -> None:
         """Moves what no gradient moves: the routers' balancing biases, by the statistics of a whole step's batch."""
@@ -251,6 +276,10 @@ def create_abstract_model(model: Model, pipeline: PipelinePlan | None = None) ->
         )
         for weight in weights(model, pipeline)
     }, pipeline)  # fmt: skip
+
+
+def _module(spec: Model, params: Params) -> Module:
+    return Module(spec, params, Block(spec.blocks[-1], under(params, "block")))
 
 
 def _segment(spec: Model, index: int, params: Params, pipeline: PipelinePlan | None) -> nnx.List:

@@ -11,6 +11,7 @@ import jax
 
 from trainer import contract
 from trainer.config.flops import mfu
+from trainer.config.terms import eval_terms
 from trainer.config.train import TrainConfig
 from trainer.observe.background import Background, Writer
 from trainer.observe.console import Console
@@ -29,6 +30,10 @@ class Sums(Protocol):
     def cross_entropy(self) -> jax.Array: ...
     @property
     def tokens(self) -> jax.Array: ...
+    @property
+    def terms(self) -> Mapping[str, jax.Array]: ...
+    @property
+    def counts(self) -> Mapping[Any, jax.Array]: ...
 
 
 class Reporter:
@@ -83,11 +88,15 @@ class Reporter:
         return {"step": step, **values}
 
     def eval(self, done: int, sums: Sums) -> dict[str, float]:
-        """Log an evaluation after `done` finished steps; waits for it. Returns `loss` (nats a token), `perplexity` and `tokens`."""
+        """Log an evaluation after `done` finished steps; waits for it. Returns `loss` (nats a token), `perplexity`, `tokens`, and
+        the value of every term of `eval_terms`, before its weight."""
         values = read({"cross_entropy": sums.cross_entropy, "tokens": sums.tokens})
         tokens = values["tokens"]
         loss = values["cross_entropy"] / max(tokens, 1.0)
-        result = {"loss": loss, "perplexity": _exp(loss), "tokens": tokens}
+        counts = {**read(sums.counts), "tokens": tokens}
+        sizes = {term.name: max(counts[term.counts], 1.0) for term in eval_terms(self._config)}
+        terms = {name: value / sizes[name] for name, value in read(sums.terms).items()}
+        result = {"loss": loss, "perplexity": _exp(loss), "tokens": tokens, **terms}
         self._steps.interrupt()
         self._emit({"kind": "eval", "step": done - 1, "done": done, **result})
         return result
