@@ -5,14 +5,24 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental import topologies
 
+from tests.trainer.configs import config, layout
+from tests.trainer.sharding_goldens import CASES, golden, text
+from trainer.aot.hlo import regions
 from trainer.config import ConfigError
-from trainer.config.mesh import AxisDegrees, Mesh, used
-from trainer.config.rules import RULES, Rule, resolve, shard_elements
+from trainer.config.checks import check_train
+from trainer.config.mesh import MESH_AXES, AxisDegrees, Mesh, used
+from trainer.config.rules import RULES, STACKED, Rule, resolve, shard_elements, split_further
+from trainer.model.layers import lookup
+from trainer.model.transformer import HIDDEN_AXES
 from trainer.parallel.mesh import build_mesh
+from trainer.parallel.sharding import constrain, use_layout
 
 NAMES = ("a", "b", "c", "d")
 AXES = ("x", "y", "z")
@@ -58,6 +68,63 @@ def test_names_do_not_matter(table: list[Rule], tensor, mesh, order) -> None:
     assert renamed.spec == resolve(axes, shape, mesh, table).spec
 
 
+@given(rules, tensors, meshes, st.data())
+def test_rules_that_share_neither_a_name_nor_a_mesh_axis_may_change_places(table: list[Rule], tensor, mesh, data) -> None:
+    axes, shape = tensor
+    before = resolve(axes, shape, mesh, table)
+    swapped = list(table)
+    for _ in range(data.draw(st.integers(0, 8))):
+        place = data.draw(st.integers(0, max(len(table) - 2, 0)))
+        pair = swapped[place : place + 2]
+        if len(pair) == 2 and pair[0][0] != pair[1][0] and not set(pair[0][1]) & set(pair[1][1]):
+            swapped[place : place + 2] = reversed(pair)
+    after = resolve(axes, shape, mesh, swapped)
+    assert (after.spec, after.winners, after.dropped) == (before.spec, before.winners, before.dropped)
+
+
+@given(rules, tensors, meshes, st.sampled_from(AXES))
+def test_splitting_further_adds_one_axis_innermost_to_one_dim_it_divides_or_changes_nothing(table: list[Rule], tensor, mesh, axis) -> None:
+    axes, shape = tensor
+    before = resolve(axes, shape, mesh, table)
+    after = split_further(before, axes, shape, mesh, axis)
+    changed = [dim for dim in range(len(shape)) if after.spec[dim] != before.spec[dim]]
+    possible = [dim for dim in range(len(shape))
+                if (shape[dim] // math.prod(mesh[other] for other in before.spec[dim])) % mesh[axis] == 0]  # fmt: skip
+    if mesh[axis] == 1 or any(axis in spec for spec in before.spec) or not possible:
+        assert after == before
+        return
+    assert changed == possible[:1] and after.spec[changed[0]] == (*before.spec[changed[0]], axis)
+    assert shard_elements(shape, after, mesh) * mesh[axis] == shard_elements(shape, before, mesh)
+
+
+def test_layers_are_split_over_data_last_and_dims_over_tensor_never() -> None:
+    mesh = {"data": 2, "fsdp": 4, "tensor": 2}
+    for axes, shape, wanted in (
+        (("layer", "embed", "mlp"), (4, 64, 128), ((), ("fsdp", "data"), ("tensor",))),
+        (("layer", "norm"), (4, 65), (("data",), ())),
+        (("vocab",), (128,), (("tensor",),)),
+    ):
+        assert split_further(resolve(axes, shape, mesh), axes, shape, mesh, "data").spec == wanted
+    assert set(STACKED) == {"repeat", "stage", "layer"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_layout_of_every_tensor_is_the_one_that_was_reviewed(name: str) -> None:
+    assert golden(name).read_text(encoding="utf-8") == text(CASES[name]), "run: python -m tests.trainer.sharding_goldens"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_reviewed_case_is_a_legal_run(name: str) -> None:
+    case = CASES[name]
+    processes = case.slices * case.devices // 4
+    assert not list(check_train(case.config, slices=case.slices, devices_per_slice=case.devices, processes=processes))
+
+
+def test_every_mesh_axis_splits_something_in_a_reviewed_case() -> None:
+    used_axes = {axis for case in CASES.values() for axis in used(case.mesh)}
+    assert used_axes == {*MESH_AXES} - {"diloco"}
+
+
 def test_a_logical_axis_that_occurs_twice_is_an_error() -> None:
     with pytest.raises(ValueError, match="occurs twice"):
         resolve(("embed", "embed"), (4, 4), {}, RULES)
@@ -78,6 +145,18 @@ def test_an_ici_axis_never_crosses_a_slice() -> None:
         assert {device.id // 4 for device in mesh.devices[0, data].flat} == {data}
 
 
+@given(st.sampled_from((1, 2, 4)), st.permutations(MESH_AXES), st.permutations(MESH_AXES), st.booleans(), st.booleans())
+def test_devices_that_differ_in_ici_degrees_only_are_of_one_slice(slices: int, ici_axes, dcn_axes, split: bool, rest: bool) -> None:
+    within = 8 // slices
+    parts = (2, within // 2) if split and within > 2 else (within,)
+    ici = dict(zip(ici_axes, parts, strict=False)) if within > 1 else {}
+    dcn = {dcn_axes[0]: -1 if rest else slices} if slices > 1 else {}
+    mesh = build_mesh(Mesh(ici=AxisDegrees(**ici), dcn=AxisDegrees(**dcn)), jax.devices(), slices=slices)
+    for index, device in np.ndenumerate(mesh.devices):
+        outer = [place // ici.get(axis, 1) for axis, place in zip(MESH_AXES, index, strict=True)]
+        assert device.id // within == max(outer)  # at most one axis is split between slices
+
+
 def test_dcn_is_the_outer_part_of_an_axis_that_has_both() -> None:
     mesh = build_mesh(Mesh(ici=AxisDegrees(fsdp=4), dcn=AxisDegrees(fsdp=2)), jax.devices(), slices=2)
     assert [device.id for device in mesh.devices.flat] == list(range(8))
@@ -92,3 +171,55 @@ def test_degrees_that_do_not_fit_are_refused_with_the_arithmetic() -> None:
         AxisDegrees(data=2, fsdp=64).solve(120, "devices per slice")
     with pytest.raises(ConfigError, match="8 devices cannot be split over 3 slices"):
         build_mesh(Mesh(), jax.devices(), slices=3)
+
+
+def test_slices_are_those_the_tpu_runtime_names() -> None:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
+    mesh = build_mesh(Mesh(ici=AxisDegrees(fsdp=2, tensor=2), dcn=AxisDegrees(data=-1)), devices[::-1], slices=2)
+    for data in range(2):
+        assert {device.slice_index for device in mesh.devices[0, data].flat} == {data}
+    with pytest.raises(ConfigError, match="expected 4 slices of equal size, found slices of 4, 4 devices"):
+        build_mesh(Mesh(), devices, slices=4)
+
+
+TABLE, ROWS = (64, 32), (8, 16)
+
+
+@pytest.mark.parametrize(
+    ("ici", "sharding"),
+    [
+        ({"fsdp": 4, "tensor": 2}, "as_weights"),
+        ({"fsdp": 2, "tensor_sequence": 4}, "as_weights"),
+        ({"fsdp": 2, "context": 2, "tensor": 2}, "as_weights"),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, "over_data"),
+    ],
+    ids=str,
+)
+def test_embedded_rows_and_their_gradients_are_never_whole_on_a_device(ici: dict[str, int], sharding: str, capfd) -> None:
+    run = config(f"mesh.ici={ici}", f"sharding.optimizer={sharding}")
+    where = layout(run)
+    stored = where.stored(("vocab", "embed"), TABLE, "embed/table")
+
+    def gradient(table_VD: jax.Array, tokens_BT: jax.Array, cotangent_BTD: jax.Array) -> jax.Array:
+        with use_layout(where):
+
+            def loss(table_VD: jax.Array) -> jax.Array:
+                return jnp.vdot(constrain(lookup(table_VD, tokens_BT, jnp.dtype("float32")), HIDDEN_AXES), cotangent_BTD)
+
+            return jax.lax.with_sharding_constraint(jax.grad(loss)(constrain(table_VD, ("vocab", "embed"), "embed/table")), stored)
+
+    random = np.random.default_rng(0)
+    tokens, cotangent = random.integers(0, TABLE[0], ROWS), random.normal(size=(*ROWS, TABLE[1])).astype(np.float32)
+    arguments = [
+        jax.device_put(np.zeros(TABLE, np.float32), stored),
+        jax.device_put(tokens.astype(np.int32), where.sharding(("batch", "length"), ROWS)),
+        jax.device_put(cotangent, where.sharding(HIDDEN_AXES, cotangent.shape)),
+    ]
+    compiled = jax.jit(gradient).lower(*arguments).compile()
+    assert "rematerialization" not in capfd.readouterr().err
+    rows_bytes = 4 * math.prod(cotangent.shape)
+    found = [collective for region in regions(compiled.as_text() or "", 8) for collective in region.collectives]
+    assert all(collective.bytes < rows_bytes for collective in found if collective.kind in ("all-gather", "all-reduce"))
+    expected = np.zeros(TABLE, np.float64)
+    np.add.at(expected, tokens, cotangent)
+    np.testing.assert_allclose(np.asarray(compiled(*arguments)), expected, rtol=1e-5, atol=1e-5)
