@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from trainer.config.layouts import working_dtype
 from trainer.config.pipeline import PipelinePlan, plan_pipeline
 from trainer.config.train import TrainConfig
 from trainer.config.treatment import treatments
@@ -22,7 +22,6 @@ from trainer.parallel.sharding import Layout, constrain
 from trainer.replicas import REPLICAS, describe_replicas, replicate
 
 Items = dict[str, dict[str, Any]]
-LOOKED_UP: Final = "embed/table"
 
 
 class RandomKey(nnx.Variable[jax.Array]):
@@ -159,20 +158,18 @@ def trained(config: TrainConfig, model: nnx.Module, pipeline: PipelinePlan | Non
 def gathered(config: TrainConfig, state: nnx.State) -> nnx.State:
     """The weights in `state` (a model's, or a part of it) as a step computes with them: laid out by the rules alone.
 
-    Where the state is stored split over `data` too, this is the one gathering of a step, in compute dtype but for the
-    weights that are used in float32: those `exact`, vectors, and the table of embeddings, whose gradient is summed in its
-    own dtype. Call it inside `use_layout` and outside of what is differentiated: the gradient by its result is partial
+    Where the state is stored split over `data` too, this is the one gathering of a step, in the dtype that
+    `working_dtype` says. Call it inside `use_layout` and outside of what is differentiated: the gradient by its result is partial
     over `data`, so that laying it out as the state is stored costs half of the reduction that plain data parallelism has.
     """
     if config.sharding.optimizer == "as_weights":
         return state
-    dtype = jnp.dtype(config.model.compute_dtype)
 
     def gather(variable: nnx.Variable[jax.Array]) -> nnx.Variable[jax.Array]:
         if not isinstance(variable, nnx.Param):
             return variable
-        cast = variable.inputs and not variable.exact and variable.path != LOOKED_UP
-        return variable.replace(constrain(variable[...].astype(dtype) if cast else variable[...], variable.axes, variable.path))
+        dtype = working_dtype(config.model, path=variable.path, inputs=variable.inputs, exact=variable.exact)
+        return variable.replace(constrain(variable[...].astype(dtype), variable.axes, variable.path))
 
     return jax.tree.map(gather, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

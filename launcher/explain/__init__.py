@@ -15,7 +15,8 @@ from trainer.config.flops import train_flops
 from trainer.config.layouts import batch_shards, weight_layouts
 from trainer.config.mesh import used
 from trainer.config.rules import Resolution, in_use
-from trainer.config.weights import parameter_count
+from trainer.config.treatment import treatments
+from trainer.config.weights import parameter_count, weights
 
 __all__ = ["explain"]
 
@@ -105,12 +106,13 @@ def _batch(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
 
 def _model(spec: JobSpec) -> dict[str, Any]:
     model, batch, tpu = spec.train.model, spec.train.batch, spec.layout.tpu
+    treated = treatments(spec.train.optimizer, weights(model))
     operations = train_flops(model, batch.global_batch, batch.sequence_length)
     found: dict[str, Any] = {
         "parameters": parameter_count(model),
         "layers": model.layer_count,
         "flops_per_step": operations,
-        "checkpoint_bytes": 3 * 4 * parameter_count(model),
+        "checkpoint_bytes": 4 * parameter_count(model) + sum(moment.bytes for t in treated for moment in t.moments),
     }
     if tpu is not None:
         peak = tpu.peak_bf16_tflops_per_device * 1e12 * spec.layout.devices
@@ -124,6 +126,7 @@ def _memory(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
         "parameters": memory.parameters,
         "optimizer": memory.optimizer,
         "gradients": memory.gradients,
+        **({"gathered_weights": memory.gathered_weights} if memory.gathered_weights else {}),
         "saved_activations_estimate": memory.saved_activations,
         "layer_at_work_estimate": memory.layer_at_work,
         "logits_estimate": memory.logits,

@@ -47,6 +47,26 @@ def test_accumulation_holds_a_second_gradient_and_smaller_microbatches() -> None
     assert four["saved_activations_estimate"] * 4 == one["saved_activations_estimate"]
 
 
+def test_state_split_over_data_is_a_quarter_on_four_slices_beside_one_copy_of_the_weights_in_compute_dtype() -> None:
+    plain, split = (
+        explain(example("v5p-128-spot", f"train.sharding.optimizer={o}"))["memory_per_device"] for o in ("as_weights", "over_data")
+    )
+    norms, table = (2 * 32 + 1) * 4096, 128_256 * 4096
+    for part in ("parameters", "optimizer", "gradients"):
+        assert split[part] * 4 == plain[part]
+    matrices = 8_030_261_248 - norms - table
+    assert split["gathered_weights"] == 2 * matrices // 64 + 4 * (table // 64 + norms)
+
+
+def test_moments_count_in_their_own_dtype_and_frozen_weights_have_neither_moments_nor_gradients(spot: dict[str, Any]) -> None:
+    lion = explain(example("v5p-128-spot", "train.optimizer={type: lion, moment_dtype: bfloat16}"))
+    assert lion["memory_per_device"]["optimizer"] * 2 == spot["memory_per_device"]["parameters"]
+    assert lion["model"]["checkpoint_bytes"] == 6 * 8_030_261_248
+    frozen = explain(example("v5p-128-spot", "train.optimizer.groups=[{tensors: ['segments/*'], frozen: true}]"))["memory_per_device"]
+    trained = 4 * (2 * 128_256 * 4096 // 64 + 4096)
+    assert frozen["gradients"] == trained and frozen["optimizer"] == 2 * trained
+
+
 @pytest.mark.parametrize(("weaker", "stronger"), [("full", "minimal"), ("minimal", "dots"), ("dots", "none")])
 def test_a_remat_policy_that_keeps_more_needs_more(weaker: str, stronger: str) -> None:
     sections = [explain(example("v5e-16", f"train.model.remat={policy}")) for policy in (weaker, stronger)]

@@ -9,6 +9,8 @@ from typing import Final
 
 from trainer.config.base import near_miss
 from trainer.config.mesh import product, used
+from trainer.config.model import Model
+from trainer.config.optimizer import Dtype
 from trainer.config.pipeline import plan_pipeline
 from trainer.config.problem import Problem
 from trainer.config.rules import RULES, UNRULED, Resolution, in_use, resolve, split_further
@@ -18,6 +20,8 @@ from trainer.config.weights import LAYER_AXIS, Weight, stacked_path, weights
 
 WEIGHT_MESH_AXES: Final = ("fsdp", "fsdp_transpose", "context", "tensor", "tensor_sequence", "expert")
 """Mesh axes that split every large weight; over the others (`diloco`, `data`, `stage` outside of a pipeline) weights are whole."""
+
+LOOKED_UP: Final = "embed/table"
 
 SIZES: Final = {"embed": "width", "heads": "attention.heads", "mlp": "mlp.hidden", "expert": "mlp.experts"}
 """Logical axes whose dims a mesh axis must divide, and the field of the model (or of the block) that gives the size."""
@@ -35,6 +39,12 @@ def stored_layout(
     """How the state keeps a weight, or a tensor of the optimizer for one, between steps. `weight`: the weight's path."""
     found = resolve(axes, shape, mesh, sharding.table(weight))
     return split_further(found, axes, shape, mesh, "data") if sharding.optimizer == "over_data" else found
+
+
+def working_dtype(model: Model, *, path: str, inputs: int, exact: bool) -> Dtype:
+    """Of a weight as the layers compute with it: their dtype, but float32 for vectors, for what is `exact`, and for the table
+    of embeddings, whose rows are cast when they are looked up (so that its gradient is summed in float32)."""
+    return model.compute_dtype if inputs and not exact and path != LOOKED_UP else "float32"
 
 
 def batch_shards(mesh: Mapping[str, int], sharding: Sharding | None = None) -> int:
