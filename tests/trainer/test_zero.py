@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from trainer.aot.hlo import Collective, regions
 from trainer.checkpoint import Checkpoints
 from trainer.config import TrainConfig
 from trainer.config.run import Checkpoint
-from trainer.parallel.sharding import Layout
-from trainer.state import StateSpec, describe_state, initial_state, state_from_items, state_items
+from trainer.parallel.sharding import Layout, use_layout
+from trainer.state import StateSpec, describe_state, gathered, initial_state, join_path, state_from_items, state_items
 from trainer.step import make_train_step
 
 ZERO = "sharding.optimizer=over_data"
@@ -157,3 +158,17 @@ def test_weights_are_gathered_over_data_once_and_outside_of_all_loops(plain: Run
     matrices = 2 + 7
     assert len(gathers) >= matrices and {region for region, _ in gathers} == {"entry"}
     assert not [c for _, c in over_data(plain) if c.kind == "all-gather" and "model" in c.op_name]
+
+
+def test_matrices_are_gathered_in_compute_dtype_and_vectors_and_the_table_of_embeddings_in_float32() -> None:
+    run = config("mesh.ici.data=8", "mesh.ici.fsdp=1", "model.compute_dtype=bfloat16", ZERO)
+    where = layout(run)
+    weights = describe_state(run, where).abstract["model"]
+    with use_layout(where):
+        program = jax.jit(lambda state: gathered(run, state)).lower(weights).as_text()
+    # What is asked for: compiled for a CPU, which has no bfloat16, all collectives are float32.
+    asked = sorted(re.findall(r"sharding_constraint .* : tensor<([0-9x]+)x(\w+)>", program))
+    paths = {join_path(path): variable.get_value().shape for path, variable in nnx.to_flat_state(weights)}
+    assert asked == sorted(
+        ("x".join(map(str, shape)), "f32" if "norm" in path or "embed" in path else "bf16") for path, shape in paths.items()
+    )
