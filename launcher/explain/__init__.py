@@ -106,13 +106,13 @@ def _batch(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
 
 def _model(spec: JobSpec) -> dict[str, Any]:
     model, batch, tpu = spec.train.model, spec.train.batch, spec.layout.tpu
-    treated = treatments(spec.train.optimizer, weights(model))
     operations = train_flops(model, batch.global_batch, batch.sequence_length)
     found: dict[str, Any] = {
         "parameters": parameter_count(model),
         "layers": model.layer_count,
         "flops_per_step": operations,
-        "checkpoint_bytes": 4 * parameter_count(model) + sum(moment.bytes for t in treated for moment in t.moments),
+        "checkpoint_bytes": 4 * parameter_count(model)
+        + sum(m.bytes for t in treatments(spec.train.optimizer, weights(model)) for m in t.moments),
     }
     if tpu is not None:
         peak = tpu.peak_bf16_tflops_per_device * 1e12 * spec.layout.devices
@@ -126,7 +126,6 @@ def _memory(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
         "parameters": memory.parameters,
         "optimizer": memory.optimizer,
         "gradients": memory.gradients,
-        **({"gathered_weights": memory.gathered_weights} if memory.gathered_weights else {}),
         "saved_activations_estimate": memory.saved_activations,
         "layer_at_work_estimate": memory.layer_at_work,
         "logits_estimate": memory.logits,

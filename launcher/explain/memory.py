@@ -1,6 +1,6 @@
 """Bytes of one device: what is kept between steps exactly, what a step needs beside it as an estimate.
 
-Estimates follow the arithmetic of the step: float32 weights and sums of gradients; moments as declared; activations in the compute dtype;
+Estimates follow the arithmetic of the step: float32 weights, gradients and moments; activations in the compute dtype;
 what a layer keeps for the backward pass by remat policy. XLA fuses and reuses buffers, so the true peak is near, not equal.
 """
 
@@ -14,8 +14,8 @@ from trainer.config import TrainConfig
 from trainer.config.layouts import batch_shards, length_shards, stored_layout, weight_layouts, working_dtype
 from trainer.config.model import Block, GatedMlp, Model, Segment
 from trainer.config.remat import BlockTensor, tensors_of
-from trainer.config.rules import Resolution, shard_elements
-from trainer.config.treatment import DTYPE_BYTES, Moment, trained, treatments
+from trainer.config.rules import shard_elements
+from trainer.config.treatment import DTYPE_BYTES, trained, treatments
 from trainer.config.weights import Weight, weights
 
 FLOAT32 = 4
@@ -28,26 +28,20 @@ class Memory:
     parameters: int
     optimizer: int
     gradients: int
-    gathered_weights: int
-    """Weights as a step computes with them, where they are stored split over `data` too; else 0."""
     saved_activations: int
     layer_at_work: int
     logits: int
 
     @property
     def total(self) -> int:
-        state = self.parameters + self.optimizer + self.gradients + self.gathered_weights
-        return state + self.saved_activations + self.layer_at_work + self.logits
+        return self.parameters + self.optimizer + self.gradients + self.saved_activations + self.layer_at_work + self.logits
 
 
 def device_memory(config: TrainConfig, mesh: Mapping[str, int]) -> Memory:
     """Of a training step on `mesh` (mesh axis -> degree)."""
     model, tensor = config.model, mesh.get("tensor", 1) * mesh.get("tensor_sequence", 1)
-    layouts = list(weight_layouts(config, mesh))
-    treated = treatments(config.optimizer, [weight for weight, _ in layouts])
-    parameters = sum(_stored(config, mesh, t.weight, t.weight) for t in treated)
-    replicas = 1 if config.diloco is None else mesh.get("diloco", 1)
-    sequences = math.ceil(config.batch.global_batch / (config.batch.accumulation * replicas * batch_shards(mesh, config.sharding)))
+    kept = parameter_bytes(config, mesh)
+    sequences = math.ceil(config.batch.global_batch / (config.batch.accumulation * batch_shards(mesh, config.sharding)))
     tokens = sequences * config.batch.sequence_length // length_shards(mesh, config.sharding)
     width_bytes = 2 if model.compute_dtype == "bfloat16" else FLOAT32
     length = config.batch.sequence_length
@@ -61,33 +55,45 @@ def device_memory(config: TrainConfig, mesh: Mapping[str, int]) -> Memory:
             # Both the recomputed layer and its gradient, and the layer's weights gathered over fsdp.
             working = max(working, 2 * everything + _layer_weights(model, block) // tensor * width_bytes)
     return Memory(
-        parameters=parameters if config.diloco is None else 3 * parameters,  # outer ones and their momentum too
-        optimizer=sum(_stored(config, mesh, moment, t.weight) for t in treated for moment in t.moments),
-        gradients=sum(_gradient(config, mesh, treatment.weight) for treatment in trained(treated)),
-        gathered_weights=sum(_gathered(model, weight, layout, mesh) for weight, layout in layouts)
-        if config.sharding.optimizer == "over_data"
-        else 0,
+        parameters=kept,
+        optimizer=optimizer_bytes(config, mesh),
+        gradients=gradient_bytes(config, mesh),
         saved_activations=saved,
         layer_at_work=working,
         logits=2 * FLOAT32 * tokens * math.ceil(model.vocab_size / tensor),
     )
 
 
-def _stored(config: TrainConfig, mesh: Mapping[str, int], tensor: Weight | Moment, weight: Weight) -> int:
-    """Bytes of a weight, or of a tensor the optimizer keeps for it, between steps."""
-    layout = stored_layout(config.sharding, tensor.axes, tensor.shape, weight.path, mesh)
-    return shard_elements(tensor.shape, layout, mesh) * (DTYPE_BYTES[tensor.dtype] if isinstance(tensor, Moment) else FLOAT32)
+def optimizer_bytes(config: TrainConfig, mesh: Mapping[str, int]) -> int:
+    """What the optimizer keeps for the weights: every tensor it declares, laid out as it is stored."""
+    found = 0
+    for treatment in treatments(config.optimizer, (weight for weight, _ in weight_layouts(config, mesh))):
+        for moment in treatment.moments:
+            layout = stored_layout(config.sharding, moment.axes, moment.shape, treatment.weight.path, mesh)
+            found += DTYPE_BYTES[moment.dtype] * shard_elements(moment.shape, layout, mesh)
+    return found
 
 
-def _gradient(config: TrainConfig, mesh: Mapping[str, int], weight: Weight) -> int:
-    """As the backward pass hands it over and, of more than one microbatch, the float32 sum; laid out as the weight is stored."""
-    each = DTYPE_BYTES[config.optimizer.gradient_dtype] + (FLOAT32 if config.batch.accumulation > 1 else 0)
-    return _stored(config, mesh, weight, weight) // FLOAT32 * each
+def gradient_bytes(config: TrainConfig, mesh: Mapping[str, int]) -> int:
+    """Of the weights that are trained: as the backward pass hands them over, and their float32 sum over microbatches."""
+    treated = trained(treatments(config.optimizer, (weight for weight, _ in weight_layouts(config, mesh))))
+    elements = sum(_stored_elements(config, one.weight, mesh) for one in treated)
+    return elements * (DTYPE_BYTES[config.optimizer.gradient_dtype] + (FLOAT32 if config.batch.accumulation > 1 else 0))
 
 
-def _gathered(model: Model, weight: Weight, layout: Resolution, mesh: Mapping[str, int]) -> int:
-    dtype = working_dtype(model, path=weight.path, inputs=weight.inputs, exact=weight.exact)
-    return shard_elements(weight.shape, layout, mesh) * DTYPE_BYTES[dtype]
+def parameter_bytes(config: TrainConfig, mesh: Mapping[str, int]) -> int:
+    """Weights as they are stored and, where that is split over `data` too, once more as a step computes with them."""
+    found = 0
+    for weight, layout in weight_layouts(config, mesh):
+        found += FLOAT32 * _stored_elements(config, weight, mesh)
+        if config.sharding.optimizer == "over_data":
+            dtype = working_dtype(config.model, path=weight.path, inputs=weight.inputs, exact=weight.exact)
+            found += DTYPE_BYTES[dtype] * shard_elements(weight.shape, layout, mesh)
+    return found
+
+
+def _stored_elements(config: TrainConfig, weight: Weight, mesh: Mapping[str, int]) -> int:
+    return shard_elements(weight.shape, stored_layout(config.sharding, weight.axes, weight.shape, weight.path, mesh), mesh)
 
 
 def _saved_per_token(model: Model, block: Block, length: int, tensor: int) -> int:

@@ -52,10 +52,10 @@ def test_state_split_over_data_is_a_quarter_on_four_slices_beside_one_copy_of_th
         explain(example("v5p-128-spot", f"train.sharding.optimizer={o}"))["memory_per_device"] for o in ("as_weights", "over_data")
     )
     norms, table = (2 * 32 + 1) * 4096, 128_256 * 4096
-    for part in ("parameters", "optimizer", "gradients"):
+    for part in ("optimizer", "gradients"):
         assert split[part] * 4 == plain[part]
     matrices = 8_030_261_248 - norms - table
-    assert split["gathered_weights"] == 2 * matrices // 64 + 4 * (table // 64 + norms)
+    assert split["parameters"] == plain["parameters"] // 4 + 2 * matrices // 64 + 4 * (table // 64 + norms)
 
 
 def test_moments_count_in_their_own_dtype_and_frozen_weights_have_neither_moments_nor_gradients(spot: dict[str, Any]) -> None:
