@@ -41,7 +41,8 @@ def device_memory(config: TrainConfig, mesh: Mapping[str, int]) -> Memory:
     """Of a training step on `mesh` (mesh axis -> degree)."""
     model, tensor = config.model, mesh.get("tensor", 1) * mesh.get("tensor_sequence", 1)
     kept = parameter_bytes(config, mesh)
-    sequences = math.ceil(config.batch.global_batch / (config.batch.accumulation * batch_shards(mesh, config.sharding)))
+    replicas = 1 if config.diloco is None else mesh.get("diloco", 1)
+    sequences = math.ceil(config.batch.global_batch / (config.batch.accumulation * replicas * batch_shards(mesh, config.sharding)))
     tokens = sequences * config.batch.sequence_length // length_shards(mesh, config.sharding)
     width_bytes = 2 if model.compute_dtype == "bfloat16" else FLOAT32
     length = config.batch.sequence_length
@@ -55,7 +56,7 @@ def device_memory(config: TrainConfig, mesh: Mapping[str, int]) -> Memory:
             # Both the recomputed layer and its gradient, and the layer's weights gathered over fsdp.
             working = max(working, 2 * everything + _layer_weights(model, block) // tensor * width_bytes)
     return Memory(
-        parameters=kept,
+        parameters=kept if config.diloco is None else 3 * kept,  # outer ones and their momentum too
         optimizer=optimizer_bytes(config, mesh),
         gradients=gradient_bytes(config, mesh),
         saved_activations=saved,
