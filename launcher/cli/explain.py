@@ -55,7 +55,11 @@ def command(
 def _print(section: dict[str, Any], title: str, indent: str) -> None:
     width = min(72, max((len(_words(key)) for key in section), default=0))
     for key, value in section.items():
-        if isinstance(value, dict):
+        if key == "schedule":
+            print(f"{indent}schedule, a letter for each repeat, a number for each microbatch, dots where there is nothing to do")
+            for line in value:
+                print(f"{indent}  {line}")
+        elif isinstance(value, dict):
             print(f"{indent}{_words(key)}")
             _print(cast("dict[str, Any]", value), key, indent + "  ")
         else:

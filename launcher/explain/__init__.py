@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from launcher.explain.memory import device_memory
 from launcher.explain.outcome import outcomes
+from launcher.explain.pipeline import pipeline_section
 from launcher.manifest import names
 from launcher.manifest.container import pull_policy
 from launcher.spec import JobSpec
@@ -31,11 +32,13 @@ SECURITY: Final = {
 def explain(spec: JobSpec) -> dict[str, Any]:
     """The derived numbers of a checked spec, in sections. Sizes are bytes, times seconds."""
     mesh = spec.train.mesh.shape(slices=spec.layout.slices, devices_per_slice=spec.layout.devices_per_slice)
+    pipeline = pipeline_section(spec.train, mesh)
     return {
         "job": _job(spec),
         "hardware": _hardware(spec),
         "mesh": _mesh(spec, mesh),
         "batch": _batch(spec, mesh),
+        **({"pipeline": pipeline} if pipeline else {}),
         "model": _model(spec),
         "memory_per_device": _memory(spec, mesh),
         "sharding": _sharding(spec, mesh),
@@ -129,6 +132,7 @@ def _memory(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
         "saved_activations_estimate": memory.saved_activations,
         "layer_at_work_estimate": memory.layer_at_work,
         "logits_estimate": memory.logits,
+        **({"pipeline_estimate": memory.pipeline} if memory.pipeline else {}),
         "total_estimate": memory.total,
     }
     if spec.layout.tpu is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from trainer.config import TrainConfig
 from trainer.config.layouts import batch_shards, length_shards, stored_layout, weight_layouts, working_dtype
 from trainer.config.model import Block, GatedMlp, Model, Segment
+from trainer.config.pipeline import PipelinePlan, plan_pipeline
 from trainer.config.remat import BlockTensor, tensors_of
 from trainer.config.rules import shard_elements
 from trainer.config.treatment import DTYPE_BYTES, trained, treatments
@@ -31,10 +32,12 @@ class Memory:
     saved_activations: int
     layer_at_work: int
     logits: int
+    pipeline: int = 0
+    """Microbatches that wait at a stage, with their gradients, and weights that are whole for more than one layer at work."""
 
     @property
     def total(self) -> int:
-        return self.parameters + self.optimizer + self.gradients + self.saved_activations + self.layer_at_work + self.logits
+        return self.parameters + self.optimizer + self.gradients + self.saved_activations + self.layer_at_work + self.logits + self.pipeline
 
 
 def device_memory(config: TrainConfig, mesh: Mapping[str, int]) -> Memory:
@@ -48,10 +51,19 @@ def device_memory(config: TrainConfig, mesh: Mapping[str, int]) -> Memory:
     length = config.batch.sequence_length
     saved = 0
     working = 0
-    for segment in model.segments:
+    plan = plan_pipeline(config, mesh)
+    pipeline = 0
+    for index, segment in enumerate(model.segments):
+        outside = segment.repeats
+        if plan is not None and plan.segment == index:
+            outside -= plan.patterns
+            stages = _stages(config, plan, segment, tokens, tensor)
+            saved, working, pipeline = saved + stages.saved, max(working, stages.at_work), stages.held
+        if not outside:
+            continue
         for block in segment.pattern:
             per_token = _saved_per_token(model, block, length, tensor)
-            saved += segment.repeats * tokens * per_token * width_bytes
+            saved += outside * tokens * per_token * width_bytes
             everything = _none(model, block, length, tensor) * tokens * width_bytes
             # Both the recomputed layer and its gradient, and the layer's weights gathered over fsdp.
             working = max(working, 2 * everything + _layer_weights(model, block) // tensor * width_bytes)
@@ -62,6 +74,34 @@ def device_memory(config: TrainConfig, mesh: Mapping[str, int]) -> Memory:
         saved_activations=saved,
         layer_at_work=working,
         logits=2 * FLOAT32 * tokens * math.ceil(model.vocab_size / tensor),
+        pipeline=pipeline,
+    )
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """Bytes of one device in a pipeline."""
+
+    saved: int
+    at_work: int
+    held: int
+
+
+def _stages(config: TrainConfig, plan: PipelinePlan, segment: Segment, tokens: int, tensor: int) -> _Stages:
+    """A stage keeps its input for every iteration, and of its layers what the remat policy keeps; all of its layers are at work."""
+    model, schedule, layers = config.model, plan.schedule, plan.patterns_per_stage
+    length, width_bytes = config.batch.sequence_length, 2 if config.model.compute_dtype == "bfloat16" else FLOAT32
+    of_microbatch = tokens // schedule.lanes  # tokens of a device outside of the pipeline, where stages split the batch
+    inputs = 0 if model.remat == "none" else model.width
+    kept = sum(max(0, _saved_per_token(model, block, length, tensor) - inputs) for block in segment.pattern)
+    everything = sum(_none(model, block, length, tensor) for block in segment.pattern)
+    weights = sum(_layer_weights(model, block) for block in segment.pattern) * layers // tensor
+    more_whole = {"iteration": 0, "once": schedule.repeats, "repeat": 2}[plan.gather]
+    waiting = 2 * (schedule.lanes + schedule.hop) * of_microbatch * model.width
+    return _Stages(
+        saved=schedule.iterations * of_microbatch * (model.width + layers * kept) * width_bytes,
+        at_work=(2 * layers * everything * of_microbatch + weights) * width_bytes,
+        held=(waiting + more_whole * weights) * width_bytes,
     )
 
 

@@ -36,6 +36,7 @@ def test_the_documents_of_this_file_have_no_problem() -> None:
     assert found(TPU) == [] and found(CPU) == []
 
 
+STAGES = ["train.mesh.ici={data: 8, stage: 2}"]
 RULES = [
     # document, overrides refused, overrides accepted, path, code
     (TPU, ["name=Run"], ["name=run-2"], "name", "name"),
@@ -150,6 +151,22 @@ RULES = [
     (TPU, ["train.model.width=200", "train.mesh.ici={fsdp: 16}"], ["train.mesh.ici={fsdp: 16}"], "train.model.width", "model-shards"),
     (TPU, ["train.mesh.ici={data: 2, context: 8}", "train.batch.sequence_length=100"],
      ["train.mesh.ici={data: 2, context: 8}", "train.batch.sequence_length=104"], "train.batch.sequence_length", "length-shards"),
+    (TPU, ["train.mesh.ici={data: 8, stage: 2}"],
+     ["train.mesh.ici={data: 8, stage: 2}", "train.pipeline={}"], "train.pipeline", "pipeline"),
+    (TPU, [*STAGES, "train.pipeline.layers=3"], [*STAGES, "train.pipeline.layers=2"], "train.pipeline.layers", "pipeline"),
+    (TPU, [*STAGES, "train.pipeline.layers=6"], [*STAGES, "train.pipeline.layers=4"], "train.pipeline.layers", "pipeline"),
+    (TPU, [*STAGES, "train.pipeline.repeats=4"], [*STAGES, "train.pipeline.repeats=2"], "train.pipeline.layers", "pipeline"),
+    (TPU, [*STAGES, "train.pipeline.segment=1"], [*STAGES, "train.pipeline.segment=0"], "train.pipeline.segment", "pipeline"),
+    (TPU, [*STAGES, "train.pipeline.microbatches=3"],
+     [*STAGES, "train.pipeline.microbatches=4"], "train.pipeline.microbatches", "pipeline"),
+    (TPU, [*STAGES, "train.pipeline={delayed_forwarding: true, microbatches: 2}"],
+     [*STAGES, "train.pipeline={delayed_forwarding: true, microbatches: 4}"], "train.pipeline.microbatches", "pipeline"),
+    (TPU, [*STAGES, "train.pipeline.gather=repeat"], [*STAGES, "train.pipeline={gather: repeat, repeats: 2}"],
+     "train.pipeline.gather", "pipeline"),
+    (TPU, [*STAGES, "train.pipeline.microbatches=4", "train.batch.global_batch=48"],
+     [*STAGES, "train.pipeline.microbatches=4", "train.batch.global_batch=64"], "train.batch.global_batch", "pipeline"),
+    (TPU, [*STAGES, "train.pipeline={}", "train.eval={every_steps: 10, global_batch: 24}"],
+     [*STAGES, "train.pipeline={}", "train.eval={every_steps: 10, global_batch: 48}"], "train.eval.global_batch", "pipeline"),
     (TPU, ["train.mesh.ici={data: 8, diloco: 2}"], ["train.mesh.ici={data: 8, expert: 2}"], "train.mesh.ici.diloco", "axis-unused"),
     (TPU, ["train.mesh.ici={data: 4, tensor: 4}"], ["train.mesh.ici={data: 4, tensor: 4}", "train.sharding.unsharded_limit=0.08"],
      "train.sharding.unsharded_limit", "unsharded"),

@@ -107,3 +107,31 @@ def test_every_exit_code_of_the_contract_has_its_outcome(mode: Any) -> None:
 
 def test_without_restarts_a_counted_failure_ends_the_job() -> None:
     assert outcomes(Failure(max_restarts=0))["137 (killed (SIGKILL; often out of memory))"] == "the job ends (no restarts allowed)"
+
+
+def test_a_pipeline_is_explained_with_its_bubble_its_schedule_and_what_it_holds() -> None:
+    """8 layers on 2 stages in 2 repeats, 4 microbatches: 4 x 2 + 1 iterations, one of them idle at each stage."""
+    sections = explain(example("pipeline-cpu"))
+    found = sections["pipeline"]
+    assert (found["iterations"], found["iterations_in_which_all_stages_compute"], found["bubble_share"]) == (9, 7, "11.1% = 1 / 9")
+    assert (found["layers_of_a_stage_and_repeat"], found["layers_in_the_pipeline"], found["layers_outside_of_it"]) == (2, 8, 0)
+    assert found["schedule"] == ["stage 0  a0 a1 a2 a3 b0 b1 b2 b3 ..", "stage 1  .. a0 a1 a2 a3 b0 b1 b2 b3"]
+    memory = sections["memory_per_device"]
+    # Of a stage's input, for each of 9 iterations: 1 sequence of 32 tokens of a microbatch of 4 on a device, float32.
+    assert memory["saved_activations_estimate"] == 9 * 32 * 256 * 4
+    assert memory["pipeline_estimate"] == 2 * (2 + 1) * 32 * 256 * 4  # with gradients: 2 that wait, 1 on its way
+    assert "pipeline" not in explain(example("cpu-two-hosts"))
+
+
+def test_weights_gathered_for_more_than_one_repeat_are_counted() -> None:
+    once, repeat = (
+        explain(example("pipeline-cpu", f"train.pipeline.gather={gather}"))["memory_per_device"]["pipeline_estimate"]
+        for gather in ("once", "repeat")
+    )
+    layers = 2 * (4 * 256 * 256 + 3 * 256 * 1024) * 4
+    assert once == repeat == 2 * layers + 2 * (2 + 1) * 32 * 256 * 4
+
+
+def test_layers_outside_of_a_pipeline_keep_what_they_keep_without_one() -> None:
+    some = explain(example("pipeline-cpu", "train.pipeline.layers=4"))["memory_per_device"]["saved_activations_estimate"]
+    assert some == 9 * 32 * 256 * 4 + 4 * 2 * 32 * 256 * 4
