@@ -120,13 +120,23 @@ def test_a_repeat_can_be_taken_out_of_a_path_and_put_back() -> None:
 
 # As counted from the published checkpoints' shapes; tied embeddings count once.
 PUBLISHED = {
+    "deepseek-v3": 671_026_419_200,
+    "gemma-7b": 8_537_680_896,
+    "gemma2-9b": 9_241_705_984,
+    "gemma3-1b": 999_885_952,
+    "gpt-oss-120b": 116_829_156_672,
+    "gpt-oss-20b": 20_914_757_184,
     "llama2-7b": 6_738_415_616,
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
     "mistral-7b": 7_241_732_096,
+    "mixtral-8x7b": 46_702_792_704,
+    "olmo2-7b": 7_298_617_344,
+    "qwen2-7b": 7_615_616_512,
     "qwen3-0.6b": 596_049_920,
     "qwen3-8b": 8_190_735_360,
     "qwen3-32b": 32_762_123_264,
+    "qwen3-moe-30b-a3b": 30_532_122_624,
 }
 
 
