@@ -76,7 +76,7 @@ def load(source: Source, model: Model, layout: Layout) -> Parameters:
 
 
 def _abstract(weight: Weight, model: Model, layout: Layout) -> jax.ShapeDtypeStruct:
-    dtype = model.compute_dtype if weight.inputs else "float32"
+    dtype = model.compute_dtype if weight.inputs and not weight.exact else "float32"
     return jax.ShapeDtypeStruct(weight.shape, jnp.dtype(dtype), sharding=layout.sharding(weight.axes, weight.shape))
 
 
