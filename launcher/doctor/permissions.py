@@ -29,7 +29,7 @@ def _rights(group: str, resources: str, verbs: str) -> tuple[Right, ...]:
 SUBMITTER: Final = (
     *_rights("jobset.x-k8s.io", "jobsets", "get list watch create patch delete"),
     *_rights("batch", "jobs", "get list"),
-    *_rights("", "pods", "get list"),
+    *_rights("", "pods", "get list watch"),
     *_rights("", "pods/log", "get"),
     *_rights("", "events", "list"),
     *_rights("", "configmaps serviceaccounts", "get create delete"),
