@@ -65,6 +65,7 @@ def update_all(where: dict[str, Layout], runs: dict[str, TrainConfig]) -> tuple[
     return compiled, specs, (states, gradients)
 
 
+@pytest.mark.full
 def test_every_optimizer_updates_its_part_as_it_would_the_whole_and_holds_an_eighth_of_the_bytes() -> None:
     runs = {
         name: config("mesh.ici.data=-1", "mesh.ici.fsdp=1", ZERO, model=EIGHTS, optimizer={**o, "groups": FROZEN})
