@@ -59,7 +59,7 @@ def test_the_quickstart_runs_to_completion_over_a_cancel_and_a_resume(namespace:
     assert "--replace" in again.stderr
 
     assert nnxlaunch("cancel", "quickstart", *here).returncode == 0
-    assert kubectl("-n", namespace, "get", "pods", "-o", "name") == ""
+    assert kubectl("-n", namespace, "get", "pods", "-l", "jobset.sigs.k8s.io/jobset-name=quickstart", "-o", "name") == ""
     assert nnxlaunch("status", "quickstart", *here).returncode == 66
 
     assert nnxlaunch("submit", SPEC, *settings, *here).returncode == 0
