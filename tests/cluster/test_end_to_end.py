@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -137,9 +138,12 @@ def test_a_killed_host_costs_nothing_but_time(
 
     assert backend.get("calm").state is JobState.COMPLETED
     undisturbed, resumed = losses(storage, f"{directory}/calm"), losses(storage, f"{directory}/hit")
-    assert sorted(undisturbed) == sorted(resumed) == list(range(STEPS))
-    assert {step: set(found) for step, found in resumed.items()} == {step: set(found) for step, found in undisturbed.items()}
-    assert sum(map(len, resumed.values())) > STEPS, "some steps were done twice, and gave the same"
+    assert sorted(undisturbed) == list(range(STEPS))
+    begun = re.search(r"\[s0/w0 a1\] resumed: step (\d+)", text)
+    assert begun and int(begun[1]) >= 20, text
+    # What the first attempt had not uploaded when its peer died is lost with it; steps it did upload may be there twice.
+    assert set(range(int(begun[1]), STEPS)) <= set(resumed) <= set(range(STEPS))
+    assert {step: set(found) for step, found in resumed.items()} == {step: set(undisturbed[step]) for step in resumed}
 
     told = report(backend.scene("hit"))
     assert told.cause.code == "completed"
