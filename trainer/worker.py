@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from trainer.attempts import require_progress
-from trainer.config import ConfigError, TrainConfig, load_train_config
+from trainer.config import ConfigError, load_train_config
 from trainer.contract import DEVICES_PER_HOST, LOG_FOLDER, Exit
-from trainer.distributed import Rank, lost_connection, lost_peer, rank_from_environment, shutdown
+from trainer.distributed import lost_connection, lost_peer, rank_from_environment, shutdown
 from trainer.distributed.preemption import install_handlers
 from trainer.errors import TrainerError
 from trainer.parent import link
@@ -52,8 +52,7 @@ def _train(options: argparse.Namespace) -> Exit:
     rank = rank_from_environment(os.environ)
     require_jax()
     link.tell(processes=rank.process_count)
-    if not config.run_directory.startswith("gs://"):
-        link.tell(log_file=os.path.abspath(log_file(config, rank)))
+    link.keep_output(config.run_directory, f"{LOG_FOLDER}/attempt-{rank.attempt}.slice-{rank.slice_index}.worker-{rank.worker}")
     if rank.process_index == 0:
         require_progress(config.run_directory, rank.attempt)
     prepare_environment()
@@ -70,11 +69,6 @@ def unexpected(error: Exception, processes: int) -> tuple[Exit, str]:
     if lost_connection(error):
         return Exit.PEER, f"the connection to storage failed, a restart may cure it: {words}"
     return Exit.SOFTWARE, words
-
-
-def log_file(config: TrainConfig, rank: Rank) -> str:
-    name = f"attempt-{rank.attempt}.slice-{rank.slice_index}.worker-{rank.worker}.log"
-    return os.path.join(config.run_directory, LOG_FOLDER, name)
 
 
 def prepare_environment() -> None:

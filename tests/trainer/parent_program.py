@@ -6,6 +6,7 @@ Standard library only, so that a test of the parent costs a tenth of a second.
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import signal
 import subprocess
@@ -70,6 +71,15 @@ def child(mode: str, file: str) -> None:
             print(os.environ.get("HUB_TOKEN"), "https://user:pass@host/x")
             sys.stdout.flush()
             raise SystemExit(70)
+        case "uploads":
+            print("before storage is known", flush=True)
+            link.keep_output(file, "logs/attempt-0.slice-0.worker-0")
+            for number in range(3):
+                link.append("metrics/metrics-00000", ".jsonl", b'{"step": %d}\n' % number)
+            print("started", flush=True)
+            for number in itertools.count() if os.environ.get("TALK") else ():
+                print("line", number, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
         case "orphan":
             # Its parent ends at once, so it becomes a child of PID 1.
             subprocess.run([sys.executable, "-S", "-c", "import os; os.fork() or os._exit(0)"], check=True)

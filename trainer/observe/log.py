@@ -1,20 +1,13 @@
-"""Append-only files of metrics: a real append in a folder, numbered whole objects on gs://, which has no append."""
+"""Append-only files of metrics: a real append in a folder; on gs:// through the parent, which outlives what is unsent here."""
 
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
-from trainer.checkpoint.storage import open_storage
-
-SEGMENT_BYTES: Final = 4 * 2**20
-"""An object on gs:// is written again as it grows, up to this size; then the next one begins."""
-UPLOAD_SECONDS: Final = 30.0
-"""Objects on gs:// are at most this old while the run lives."""
-UNSENT_BYTES: Final = 64 * 2**20
-"""With storage out of reach, the oldest records beyond this are given up."""
+from trainer.checkpoint.bucket_log import BucketLog
+from trainer.parent import link
 
 
 class Log(Protocol):
@@ -41,41 +34,22 @@ class FolderLog:
         pass
 
 
-class BucketLog:
-    """Objects `<stem>-00000<suffix>`, `-00001`, ... each uploaded whole while it grows."""
+class ParentLog:
+    """On gs://, sent by the parent's uploader, so that an abort of this process loses nothing of it."""
 
-    def __init__(self, directory: str, stem: str, suffix: str, *, upload_seconds: float = UPLOAD_SECONDS) -> None:
-        self._storage = open_storage(directory)
+    def __init__(self, stem: str, suffix: str) -> None:
         self._stem, self._suffix = stem, suffix
-        self._upload_seconds = upload_seconds
-        self._segments: dict[int, bytearray] = {0: bytearray()}  # those not fully sent, oldest first
-        self._newest = 0
-        self._sent_at = time.monotonic()
-        self._dirty = False
 
     def append(self, data: bytes) -> None:
-        if len(self._segments[self._newest]) >= SEGMENT_BYTES:
-            self._newest += 1
-            self._segments[self._newest] = bytearray()
-            while len(self._segments) * SEGMENT_BYTES > UNSENT_BYTES:
-                del self._segments[min(self._segments)]
-        self._segments[self._newest] += data
-        self._dirty = True
-        self.flush()
+        link.append(self._stem, self._suffix, data)
 
     def flush(self, *, now: bool = False) -> None:
-        if not self._dirty or (not now and time.monotonic() - self._sent_at < self._upload_seconds):
-            return
-        self._sent_at = time.monotonic()  # also after a failure: the next try waits its turn
-        for index in sorted(self._segments):
-            self._storage.write(f"{self._stem}-{index:05d}{self._suffix}", bytes(self._segments[index]))
-            if index != self._newest:
-                del self._segments[index]
-        self._dirty = False
+        pass
 
 
 def open_log(directory: str, stem: str, suffix: str = "") -> Log:
-    """The log `<stem><suffix>` in a folder, continued where it exists; `<stem>-PART<suffix>` on gs://, begun anew."""
-    if directory.startswith("gs://"):
-        return BucketLog(directory, stem, suffix)
-    return FolderLog(Path(directory, f"{stem}{suffix}"))
+    """The log `<stem><suffix>` in a folder, continued where it exists; `<stem>-PART<suffix>` on gs://, behind the parts that exist."""
+    if not directory.startswith("gs://"):
+        return FolderLog(Path(directory, f"{stem}{suffix}"))
+    folder = link.below_uploads(directory)
+    return BucketLog(directory, stem, suffix) if folder is None else ParentLog(f"{folder}/{stem}", suffix)

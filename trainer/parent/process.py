@@ -12,16 +12,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from io import BufferedRandom, FileIO
+from io import BufferedRandom
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from trainer.contract import FREE_EXIT_CODES, GRACE_SECONDS, SURVIVOR_WAIT_SECONDS, Exit
-from trainer.parent.evidence import TAIL_BYTES, container_memory_kills, redact, write_bundle, write_termination_message
-from trainer.parent.link import STACKS_SIGNAL, VARIABLE
+from trainer.parent.evidence import container_memory_kills, redact, write_bundle, write_termination_message
+from trainer.parent.link import STACKS_SIGNAL, VARIABLE, bytes_of
+from trainer.parent.output import Output
+from trainer.parent.uploads import Uploads
 from trainer.parent.verdict import Ending, Killed, Verdict, verdict
 
 TEARDOWN_SECONDS: Final = 90
@@ -31,8 +32,10 @@ CHATTER: Final = re.compile(rb"^\[Gloo\] Rank \d+ is connected to \d+ peer ranks
 """What Gloo prints for every group of devices and cannot be told not to: dozens of lines that say nothing."""
 EXPLAINED_EXIT_CODES: Final = (2, Exit.CONFIG)
 """Wrong usage, or a config, data or checkpoint that cannot be used: what is wrong has been said, and no evidence adds to it."""
-EARLY_BYTES: Final = 1 << 20
-"""Output kept until the child has said where its log file is."""
+UPLOAD_SECONDS: Final = 30.0
+"""For the end of what goes to gs://, within the grace of a preempted host."""
+UPLOAD_SECONDS_OF_CAUSE: Final = SURVIVOR_WAIT_SECONDS / 2
+"""Where others wait for this process to be seen first."""
 
 
 def main(arguments: Sequence[str], early_signals: Sequence[int] = ()) -> NoReturn:
@@ -66,6 +69,8 @@ class Parent:
         self.announced_at = 0.0
         self.message = ""
         self.output = Output()
+        self.uploads: Uploads | None = None  # where the run directory is on gs://
+        self.log = ""  # this process's file there, without suffix
         self.selector = selectors.DefaultSelector()
         self.link_rest = b""
 
@@ -107,8 +112,12 @@ class Parent:
         )
         if outcome.code != 0:
             self._keep_evidence(outcome, stacks)
+        if self.uploads:
+            self.uploads.finish()
         if outcome.survivor:
             self._let_the_cause_be_seen_first()
+        if self.uploads:
+            self._let_uploads_end(self.uploads, outcome.code)
         self.output.close()
         return outcome.code
 
@@ -231,6 +240,13 @@ class Parent:
         self.processes = facts.get("processes", self.processes)
         if "log_file" in facts:
             self.output.keep_in(Path(facts["log_file"]))
+        if "uploads" in facts and not self.uploads:
+            self.uploads = uploads = Uploads(facts["uploads"], self.selector)
+            self.log = log = facts["log"]
+            self.output.send_to(lambda chunk: uploads.append(log, ".log", chunk))
+        if "append" in facts and self.uploads:
+            stem, suffix = facts["append"]
+            self.uploads.append(stem, suffix, bytes_of(facts["data"]))
         if "exit_code" in facts:
             self.announced, self.announced_at = int(facts["exit_code"]), time.monotonic()
             self.message = str(facts.get("message", ""))
@@ -246,6 +262,8 @@ class Parent:
                 return
             if pid == self.pid:
                 self.status = os.waitstatus_to_exitcode(status)
+            elif self.uploads:
+                self.uploads.reaped(pid, status)
 
     def _drain(self) -> None:
         for key in list(self.selector.get_map().values()):
@@ -259,7 +277,7 @@ class Parent:
         tail = self.output.tail()
         cause = next(iter(outcome.cause.splitlines()), "")
         line = f"exit code {outcome.code}" + (f": {cause}" if cause not in tail else "")
-        bundle = None
+        evidence: Path | str | None = None
         if outcome.code not in (*FREE_EXIT_CODES, *EXPLAINED_EXIT_CODES):
             facts = {
                 "exit_code": outcome.code,
@@ -270,10 +288,13 @@ class Parent:
                 "seconds": round(time.monotonic() - self.started, 3),
                 "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
             }
-            bundle = write_bundle(self.output.path, facts, tail=tail, stacks=text, environment=os.environ)
-        if text and not (outcome.survivor and bundle):  # where another process is the cause, they only hide it
+            evidence = write_bundle(self.output.path, facts, tail=tail, stacks=text, environment=os.environ)
+            if self.uploads and evidence:
+                self.uploads.append(self.log, ".crash.json", evidence.read_bytes())
+                evidence = f"{self.uploads.directory}/{self.log}-*.crash.json"
+        if text and not (outcome.survivor and evidence):  # where another process is the cause, they only hide it
             self.output.write(text.encode(), 2)
-        self.output.write(f"{line}{f' (evidence: {bundle})' if bundle else ''}\n".encode(), 2)
+        self.output.write(f"{line}{f' (evidence: {evidence})' if evidence else ''}\n".encode(), 2)
         write_termination_message(outcome.cause, os.environ)
 
     def _let_the_cause_be_seen_first(self) -> None:
@@ -283,61 +304,15 @@ class Parent:
             self._turn(left)
             self._reap()
 
-
-class Output:
-    """The child's output: passed on at once, its end remembered, and copied to a file once there is one."""
-
-    def __init__(self) -> None:
-        self.path: Path | None = None
-        self._file: FileIO | None = None
-        self._recent: deque[bytes] = deque()
-        self._recent_bytes = 0
-        self._keep_bytes = EARLY_BYTES
-        self._closed: set[int] = set()
-
-    def write(self, chunk: bytes, target: int) -> None:
-        if target not in self._closed:
-            try:
-                _write_all(target, chunk)
-            except OSError:  # nobody reads there any more
-                self._closed.add(target)
-        self._remember(chunk)
-        if self._file:
-            try:
-                _write_all(self._file.fileno(), chunk)
-            except OSError as error:
-                self._file = None
-                print(f"{self.path}: {error.strerror}; the log goes on without this file", file=sys.stderr)
-
-    def keep_in(self, path: Path) -> None:
-        """Append to `path` from now on, with what has been written so far."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "ab", buffering=0)
-            self.path = path
-            _write_all(self._file.fileno(), b"".join(self._recent))
-        except OSError as error:
-            print(f"no log file {path}: {error.strerror}", file=sys.stderr)
-        self._keep_bytes = TAIL_BYTES
-
-    def tail(self) -> str:
-        return b"".join(self._recent)[-TAIL_BYTES:].decode(errors="replace")
-
-    def close(self) -> None:
-        if self._file:
-            self._file.close()
-
-    def _remember(self, chunk: bytes) -> None:
-        self._recent.append(chunk)
-        self._recent_bytes += len(chunk)
-        while self._recent_bytes - len(self._recent[0]) >= self._keep_bytes:
-            self._recent_bytes -= len(self._recent.popleft())
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+    def _let_uploads_end(self, uploads: Uploads, code: int) -> None:
+        deadline = time.monotonic() + (UPLOAD_SECONDS if code in (Exit.DONE, *FREE_EXIT_CODES) else UPLOAD_SECONDS_OF_CAUSE)
+        while not uploads.ended and self.requests < 2:
+            left = min(deadline, self._grace_end() if self.requests else deadline) - time.monotonic()
+            if left <= 0:
+                break
+            self._turn(left)
+            self._reap()
+        uploads.kill()
 
 
 def _stacks_file() -> BufferedRandom:

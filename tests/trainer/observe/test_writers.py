@@ -13,9 +13,9 @@ from tensorboardX.proto.event_pb2 import Event
 
 from tests.gcs_emulator import Gcs
 from tests.trainer.observe.conftest import metrics, reporter
+from trainer.checkpoint import bucket_log as log_module
+from trainer.checkpoint.bucket_log import BucketLog
 from trainer.checkpoint.storage import open_storage
-from trainer.observe import log as log_module
-from trainer.observe.log import BucketLog
 from trainer.observe.tensorboard import TensorBoard, tag
 
 
