@@ -26,6 +26,7 @@ from tests.gcs_emulator import Gcs
 
 STEPS = 60
 CHIPS = 4  # of each pod; the node says that it has 64, and the queue has as many as one job needs
+STEP = re.compile(rf"\[s0/w0 a0\] \[ *(\d+)/{STEPS}\]")
 TRAIN: dict[str, Any] = {
     "steps": STEPS,
     "model": {
@@ -39,7 +40,7 @@ TRAIN: dict[str, Any] = {
     "mesh": {"dcn": {"data": 2}, "ici": {"fsdp": 2}},
     "schedule": {"type": "constant", "learning_rate": 3e-3},
     "data": {"sources": [{"type": "synthetic"}]},
-    "checkpoint": {"every_steps": 10},
+    "checkpoint": {"every_steps": 20},
     "metrics": {"log_every_steps": 1},
     "distributed": {"heartbeat_timeout_seconds": 10},
 }
@@ -117,14 +118,16 @@ def test_a_killed_host_costs_nothing_but_time(
     backend.create(rendered(tmp_path, "hit", image, directory, storage))
 
     follow = [sys.executable, "-m", "launcher", "logs", "hit", "-f", "-n", namespace]
-    killed, lines, waited = "", [], ""
+    killed, victim, lines, seen = "", "", list[str](), list[int]()
     with subprocess.Popen(follow, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as logs:
         waited = report(backend.scene("hit")).cause.sentence
         for line in logs.stdout or ():
             lines.append(line.rstrip("\n"))
-            if "checkpoint committed: step 20" in line and not killed:
+            if "checkpoint committed: step 20" in line and not victim:
                 (victim,) = (p.name for p in backend.get("hit").pods if (p.slice_index, p.worker) == (1, 1))
+            elif victim and not killed and STEP.search(line):
                 kill_host(killed := victim)
+                seen = [int(step[1]) for line in lines if (step := STEP.search(line))]
     text = "\n".join(lines)
 
     assert "google.com/tpu" in waited and "calm" in waited, waited
@@ -138,12 +141,21 @@ def test_a_killed_host_costs_nothing_but_time(
 
     assert backend.get("calm").state is JobState.COMPLETED
     undisturbed, resumed = losses(storage, f"{directory}/calm"), losses(storage, f"{directory}/hit")
-    assert sorted(undisturbed) == list(range(STEPS))
+    assert sorted(undisturbed) == sorted(resumed) == list(range(STEPS))
+    assert {step: set(found) for step, found in resumed.items()} == {step: set(found) for step, found in undisturbed.items()}
     begun = re.search(r"\[s0/w0 a1\] resumed: step (\d+)", text)
     assert begun and int(begun[1]) >= 20, text
-    # What the first attempt had not uploaded when its peer died is lost with it; steps it did upload may be there twice.
-    assert set(range(int(begun[1]), STEPS)) <= set(resumed) <= set(range(STEPS))
-    assert {step: set(found) for step, found in resumed.items()} == {step: set(undisturbed[step]) for step in resumed}
+    # What process 0 had done when its peer was killed is on record, though JAX aborted it; it is done again, and gave the same.
+    assert {step: len(found) for step, found in resumed.items() if int(begun[1]) <= step < seen[-1]} == {
+        step: 2 for step in range(int(begun[1]), seen[-1])
+    }
+    assert sum(map(len, resumed.values())) > STEPS, "some steps were done twice"
+
+    previous = nnxlaunch("logs", "hit", "--previous", "-n", namespace).stdout.splitlines()
+    for host in ("[s0/w0 a0] ", "[s0/w1 a0] ", "[s1/w0 a0] "):  # those that outlived the killed one
+        kept = [line for line in previous if line.startswith(host)]
+        assert kept and kept == [line for line in lines if line.startswith(host)]
+        assert f"{host}exit code 76: " in kept[-1]
 
     told = report(backend.scene("hit"))
     assert told.cause.code == "completed"

@@ -76,6 +76,7 @@ def child(mode: str, file: str) -> None:
             link.keep_output(file, "logs/attempt-0.slice-0.worker-0")
             for number in range(3):
                 link.append("metrics/metrics-00000", ".jsonl", b'{"step": %d}\n' % number)
+            link.append("metrics/events", "", bytes(range(256)))
             print("started", flush=True)
             for number in itertools.count() if os.environ.get("TALK") else ():
                 print("line", number, flush=True)

@@ -53,6 +53,7 @@ def test_of_a_child_killed_with_sigkill_log_metrics_and_evidence_are_kept_behind
     name = "logs/attempt-0.slice-0.worker-0-0000"
     assert {f"{name}{part}.{kind}" for part in (0, 1) for kind in ("log", "crash.json")} < set(found)
     assert b'"exit_code": 137' in found[f"{name}1.crash.json"]
+    assert found["metrics/events-00001"] == bytes(range(256))
     assert found["metrics/metrics-00000-00000.jsonl"] == b'{"step": 0}\n{"step": 1}\n{"step": 2}\n'
 
 

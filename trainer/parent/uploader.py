@@ -41,8 +41,8 @@ class Inbox:
 
     def read(self, stream: BinaryIO) -> None:
         """All of `stream`. A frame cut short is what a killed process was writing."""
-        while len(fields := stream.readline().split()) == 3:
-            stem, suffix, size = (field.decode() for field in fields)
+        while (head := stream.readline()).endswith(b"\n"):
+            stem, suffix, size = head[:-1].decode().split(" ")
             data = stream.read(int(size))
             with self._lock:
                 room = self._bytes + len(data) <= WAITING_BYTES
