@@ -1,5 +1,7 @@
 .PHONY: help run test test-full lint bench image lock
 PY := .venv/bin/python
+# A file's tests stay in one process, which shares what it has compiled.
+TOGETHER := -n auto --maxprocesses 4 --dist loadfile
 export JAX_PLATFORMS ?= cpu
 
 help: ## what you can type
@@ -11,11 +13,11 @@ run: ## set up, then run the quickstart job on this machine: two processes, a ki
 
 test: ## set up, then all tests that need no cluster
 	@./setup.sh dev
-	@$(PY) -m pytest -m "not full"
+	@$(PY) -m pytest $(TOGETHER) -m "not full"
 
 test-full: ## the wide grids too
 	@./setup.sh dev
-	@$(PY) -m pytest
+	@$(PY) -m pytest $(TOGETHER)
 
 lint: ## ruff, ruff format, pyright
 	@./setup.sh dev
