@@ -1,11 +1,11 @@
-.PHONY: help run test test-full lint bench image lock
+.PHONY: help run test test-full test-compile lint bench image lock
 PY := .venv/bin/python
 # A file's tests stay in one process, which shares what it has compiled.
 TOGETHER := -n auto --maxprocesses 4 --dist loadfile
 export JAX_PLATFORMS ?= cpu
 
 help: ## what you can type
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 run: ## set up, then run the quickstart job on this machine: two processes, a kill and a resume
 	@./setup.sh train
@@ -18,6 +18,10 @@ test: ## set up, then all tests that need no cluster
 test-full: ## the wide grids too
 	@./setup.sh dev
 	@$(PY) -m pytest $(TOGETHER)
+
+test-compile: ## compile the matrix of tests/compile for TPUs that are not here; an hour on 2 cores
+	@./setup.sh dev
+	@$(PY) -m tests.compile
 
 lint: ## ruff, ruff format, pyright
 	@./setup.sh dev

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import jax
 from flax import nnx
@@ -22,6 +22,11 @@ from trainer.parallel.sharding import Layout, constrain
 from trainer.replicas import REPLICAS, describe_replicas, replicate
 
 Items = dict[str, dict[str, Any]]
+
+OPTIMIZER: Final = ("optimizer", "opt_state")
+"""Where the state has what the optimizer keeps of the tensors."""
+HOST: Final = "pinned_host"
+"""JAX's name of the host's memory that a device copies from by itself."""
 
 
 class RandomKey(nnx.Variable[jax.Array]):
@@ -67,14 +72,15 @@ def describe_state(config: TrainConfig, layout: Layout) -> StateSpec:
     model_def, params = nnx.split(create_abstract_model(config.model, pipeline), nnx.Param)
     abstract = jax.eval_shape(build, params)
     flat = nnx.to_flat_state(abstract)
-    shardings = [(path, variable.replace(_sharding(variable, layout))) for path, variable in flat]
-    placed = [
+    offload = config.optimizer.state_memory == "host"
+    shardings = [(path, variable.replace(_sharding(variable, layout, host=offload and path[:2] == OPTIMIZER))) for path, variable in flat]
+    leaves = [
         (path, variable.replace(jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding.get_value())))
         for (path, variable), (_, sharding) in zip(flat, shardings, strict=True)
     ]
     model = nnx.merge(model_def, params)
     wrt, graph = trained(config, model, pipeline), nnx.graphdef(model)
-    one = StateSpec(graphdefs[0], graph, nnx.from_flat_state(placed), nnx.from_flat_state(shardings), wrt, pipeline)
+    one = StateSpec(graphdefs[0], graph, nnx.from_flat_state(leaves), nnx.from_flat_state(shardings), wrt, pipeline)
     return one if config.diloco is None else describe_replicas(one, layout.mesh)
 
 
@@ -174,10 +180,37 @@ def gathered(config: TrainConfig, state: nnx.State) -> nnx.State:
     return jax.tree.map(gather, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def _sharding(variable: nnx.Variable[Any], layout: Layout) -> NamedSharding:
-    """Derived from the logical axes and the leaf's own shape; a leaf without axes (counters, keys) is replicated."""
+def fetched(spec: StateSpec, state: nnx.State, gradients: Any) -> tuple[nnx.State, Any]:
+    """Inside of a program: `state` with what `spec` keeps in the host's memory on the device, and `gradients`.
+
+    It is copied when there are gradients: any earlier, it would lie on the device during the backward pass.
+    """
+    flat, kept = nnx.to_flat_state(state), _kept_by_host(spec)
+    away = {path: variable.get_value() for path, variable in flat if path in kept}
+    away, gradients = jax.lax.optimization_barrier((away, gradients))
+    here = {path: jax.device_put(value, kept[path].with_memory_kind("device")) for path, value in away.items()}
+    return nnx.from_flat_state([(path, variable.replace(here[path]) if path in kept else variable) for path, variable in flat]), gradients
+
+
+def stored(spec: StateSpec, state: nnx.State) -> nnx.State:
+    """Inside of a program: `state` with what `spec` keeps in the host's memory there."""
+    kept = _kept_by_host(spec)
+    return nnx.from_flat_state([
+        (path, variable.replace(jax.device_put(variable.get_value(), kept[path])) if path in kept else variable)
+        for path, variable in nnx.to_flat_state(state)
+    ])  # fmt: skip
+
+
+def _kept_by_host(spec: StateSpec) -> dict[tuple[Any, ...], NamedSharding]:
+    found = {path: variable.get_value() for path, variable in nnx.to_flat_state(spec.shardings)}
+    return {path: sharding for path, sharding in found.items() if sharding.memory_kind == HOST}
+
+
+def _sharding(variable: nnx.Variable[Any], layout: Layout, *, host: bool) -> NamedSharding:
+    """Derived from the logical axes and the leaf's own shape; a leaf without axes (counters, keys) is replicated, on the device."""
     axes = variable.get_metadata().get("axes")
     shape = variable.get_value().shape
     if axes is None or len(axes) != len(shape):
         return layout.replicated
-    return layout.stored(axes, shape, variable.get_metadata().get("path"))
+    found = layout.stored(axes, shape, variable.get_metadata().get("path"))
+    return found.with_memory_kind(HOST) if host else found

@@ -26,7 +26,7 @@ from trainer.parallel.compiler import compiler_options
 from trainer.parallel.sharding import Layout, constrain, use_layout
 from trainer.replicas import over_replicas
 from trainer.silent import TermProbe
-from trainer.state import StateSpec, gathered
+from trainer.state import StateSpec, fetched, gathered, stored
 
 NOISE: Final = "noise"
 """Beside the arrays of a batch, where there is dropout: a random number of each token, uint32 [B, T]."""
@@ -60,6 +60,7 @@ def _one_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> TrainStep
     schedule = build_schedule(config.schedule, config.steps)
     terms = model_terms(config)
     shardings = nnx.filter_state(spec.shardings["model"], spec.trained)
+    offloaded = config.optimizer.state_memory == "host"
 
     def train_step(state: nnx.State, batch: Batch) -> tuple[nnx.State, Metrics]:
         with use_layout(layout):
@@ -79,13 +80,16 @@ def _one_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> TrainStep
                 "gradient_norm": optax.tree.norm(gradients),
                 "learning_rate": schedule(train.optimizer.step[...]),
             }
+            if offloaded:
+                state, gradients = fetched(spec, nnx.state(train), gradients)
+                nnx.update(train, state)
             train.optimizer.update(train.model, gradients)
             if config.optimizer.skip_spikes is not None:
                 metrics["skipped_updates"] = train.optimizer.opt_state["spikes"]["skipped"][...].astype(jnp.float32)
             if statistics:
                 metrics |= statistics_metrics(statistics)
                 train.model.advance(statistics)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-            return nnx.state(train), metrics
+            return stored(spec, nnx.state(train)) if offloaded else nnx.state(train), metrics
 
     return train_step
 

@@ -69,7 +69,7 @@ def device_memory(config: TrainConfig, mesh: Mapping[str, int]) -> Memory:
             working = max(working, 2 * everything + _layer_weights(model, block) // tensor * width_bytes)
     return Memory(
         parameters=kept if config.diloco is None else 3 * kept,  # outer ones and their momentum too
-        optimizer=optimizer_bytes(config, mesh),
+        optimizer=optimizer_bytes(config, mesh) if config.optimizer.state_memory == "device" else 0,
         gradients=gradient_bytes(config, mesh),
         saved_activations=saved,
         layer_at_work=working,

@@ -97,10 +97,11 @@ def _region(region: Region, spots: Sequence[Place], target: Target) -> dict[str,
             "network": price.link,
             "algorithm": collective.algorithm,
             "group": len(collective.group) or None,
-            "count": 0, "bytes": 0, "links": price.links, "seconds": None if price.seconds is None else 0.0,
+            "count": 0, "bytes": 0, "largest": 0, "links": price.links, "seconds": None if price.seconds is None else 0.0,
         })  # fmt: skip
         row["count"] += collective.turns
         row["bytes"] += collective.bytes * collective.turns
+        row["largest"] = max(row["largest"], collective.bytes)
         if price.seconds is not None:
             row["seconds"] += price.seconds * collective.turns
             exposed += 0 if collective.overlapped else price.seconds * collective.turns

@@ -33,6 +33,7 @@ def check_train(config: TrainConfig, *, slices: int, devices_per_slice: int, pro
         yield from kernel_fits(config, shape)
         yield from tiles_fit(config, shape)
         yield from weights_are_split(config, shape)
+        yield from state_is_of_one_run(config)
     yield from rules_are_known(config)
     yield from groups_select(config)
     yield from schedule_ends(config)
@@ -68,6 +69,13 @@ def kernel_fits(config: TrainConfig, shape: Mapping[str, int]) -> Iterator[Probl
     if ways > 1:
         message = f"splash takes whole sequences, and the mesh splits each {ways} ways"
         yield Problem(path=path, message=message, hint="plain, or context=1", code="kernel", value=ways, limit=1)
+
+
+def state_is_of_one_run(config: TrainConfig) -> Iterator[Problem]:
+    """Replicas keep their optimizer state on the device."""
+    if config.diloco is not None and config.optimizer.state_memory == "host":
+        message = "host, but replicas of DiLoCo keep their state on the device"
+        yield Problem(path="optimizer.state_memory", message=message, hint="device", code="state-memory", value="host")
 
 
 def tiles_fit(config: TrainConfig, shape: Mapping[str, int]) -> Iterator[Problem]:

@@ -57,6 +57,9 @@ class Shared(Node):
     gradient_dtype: Dtype = "float32"
     """Dtype a backward pass hands its gradients over in; sums over microbatches and updates are float32."""
     skip_spikes: SkipSpikes | None = None
+    state_memory: Literal["device", "host"] = "device"
+    """Where the state lies between updates. `host`: in the host's memory, from where it is copied for each update and back; the
+    step waits for as much of these copies as computation does not hide. Numbers do not depend on it."""
 
 
 class AdamW(Shared):
