@@ -7,13 +7,15 @@ may take many attempts, each of which keeps what the ones before it made. No JAX
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from typing import Final
 
 from trainer.checkpoint.commit import committed_steps
 from trainer.checkpoint.storage import open_storage
-from trainer.contract import ATTEMPTS_FILE, ATTEMPTS_WITHOUT_PROGRESS
+from trainer.contract import ATTEMPTS_FILE, ATTEMPTS_WITHOUT_PROGRESS, LOG_FOLDER, Exit
 from trainer.errors import NoProgress
 
 
@@ -72,3 +74,34 @@ def without_progress(attempts: Sequence[Attempt], committed_step: int | None) ->
             break
         count += 1
     return count
+
+
+_CRASH: Final = re.compile(
+    rf"{LOG_FOLDER}/attempt-(?P<attempt>\d+)\.slice-(?P<slice>\d+)\.worker-(?P<worker>\d+)\.exit-(?P<code>\d+)(?:-\d+)?\.crash\.json"
+)
+_NAMED: Final = 4
+
+
+def how_it_ended(run_directory: str, attempt: int, hosts: Sequence[tuple[int, int]]) -> str:
+    """Who ended `attempt`, from the crash bundles of its hosts (slice, worker); empty where it left none, as after a preemption.
+
+    The cluster keeps nothing of a pod that was replaced, least of all its exit code.
+    """
+    storage = open_storage(run_directory)
+    found = {name: match for name in storage.files(LOG_FOLDER) if (match := _CRASH.fullmatch(name)) and int(match["attempt"]) == attempt}
+    causes = {name: match for name, match in found.items() if int(match["code"]) != Exit.PEER}
+    if causes:
+        said = [f"slice {m['slice']}, worker {m['worker']} exited with {m['code']}: {_cause(storage.read(n))}" for n, m in causes.items()]
+        return "; ".join(said[:_NAMED])
+    silent = sorted({*hosts} - {(int(match["slice"]), int(match["worker"])) for match in found.values()})
+    if not found or not silent:
+        return ""
+    who = "; ".join(f"slice {slice_index}, worker {worker}" for slice_index, worker in silent[:_NAMED])
+    return f"{who} ended without a word, and the others lost the connection: its container or its host was taken away from outside"
+
+
+def _cause(bundle: bytes) -> str:
+    try:
+        return str(json.loads(bundle)["cause"]).strip().splitlines()[0]
+    except (ValueError, KeyError, TypeError, IndexError):
+        return "no cause is on record"

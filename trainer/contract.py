@@ -86,3 +86,6 @@ METRICS_FOLDER: Final = "metrics"
 METRICS_FILE: Final = "metrics.jsonl"  # in that folder, where it is local
 LOG_FOLDER: Final = "logs"
 ATTEMPTS_FILE: Final = "attempts.json"
+
+# How process 0 begins to say what ended the attempt before its own; `why` and `status` read it.
+ATTEMPT_ENDED: Final = "end of attempt"

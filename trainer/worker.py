@@ -10,9 +10,9 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from trainer.attempts import require_progress
+from trainer.attempts import how_it_ended, require_progress
 from trainer.config import ConfigError, load_train_config
-from trainer.contract import DEVICES_PER_HOST, LOG_FOLDER, Exit
+from trainer.contract import ATTEMPT_ENDED, DEVICES_PER_HOST, LOG_FOLDER, Exit
 from trainer.distributed import lost_connection, lost_peer, rank_from_environment, shutdown
 from trainer.distributed.preemption import install_handlers
 from trainer.errors import TrainerError
@@ -54,6 +54,8 @@ def _train(options: argparse.Namespace) -> Exit:
     link.tell(processes=rank.process_count)
     link.keep_output(config.run_directory, f"{LOG_FOLDER}/attempt-{rank.attempt}.slice-{rank.slice_index}.worker-{rank.worker}")
     if rank.process_index == 0:
+        if rank.attempt and (end := how_it_ended(config.run_directory, rank.attempt - 1, rank.hosts)):
+            print(f"{ATTEMPT_ENDED} {rank.attempt - 1}: {end}", flush=True)
         require_progress(config.run_directory, rank.attempt)
     prepare_environment()
     from trainer.run import run

@@ -11,12 +11,15 @@ from typing import Final
 from launcher.backend.scene import Scene
 from launcher.backend.status import Event, explain_exit
 from launcher.observe.cause import one_line
+from trainer.contract import ATTEMPT_ENDED
 
 _EXITED: Final = re.compile(r"Container \S+ for pod \S+/(?P<pod>\S+) failed with exit code (?P<code>\d+)")
 _ENDED: Final = re.compile(r"pod (?P<pod>\S+) ended with exit code (?P<code>\d+)")  # the local backend says more than a cluster
 _DISRUPTED: Final = re.compile(r"Pod \S+/(?P<pod>\S+) has condition DisruptionTarget")
 _FIRST: Final = re.compile(r"first failed job: (?P<job>[^)\s]+)")
 _PLACE: Final = re.compile(r"-(?P<slice>\d+)-(?P<worker>\d+)-[a-z0-9]+$")
+_TOLD: Final = re.compile(rf"{ATTEMPT_ENDED} (?P<attempt>\d+): (?P<sentence>.*)")
+_CODE: Final = re.compile(r"exited with (\d+)")
 _RESTARTS: Final = re.compile(r"applying (?P<action>RestartJobSet\w*) failure policy action")
 JOB_FAILURES: Final = ("PodFailurePolicy", "BackoffLimitExceeded")
 _PAST: Final = {"Evicted": "evicted", "Preempted": "preempted", "OOMKilling": "killed for its memory"}
@@ -45,11 +48,14 @@ def restarts(scene: Scene) -> list[Ended]:
     # Each restart has a second event, named after the rule.
     decided = [event for event in scene.said(about=f"jobset/{scene.name}") if event.reason.endswith("FailurePolicyAction")]
     decided = [event for event in decided if _RESTARTS.search(event.message)]
-    return [_ended(scene, event, before) for event, before in zip_longest(decided, decided[1:])]
+    told = {int(found["attempt"]): found["sentence"] for line in scene.log if (found := _TOLD.search(line))}
+    last = scene.status.attempt - 1
+    pairs = enumerate(zip_longest(decided, decided[1:]))
+    return [_ended(scene, event, before, told.get(last - age, "")) for age, (event, before) in pairs]
 
 
-def _ended(scene: Scene, event: Event, before: Event | None) -> Ended:
-    """From what was said between the restart `before` it and this one."""
+def _ended(scene: Scene, event: Event, before: Event | None, told: str) -> Ended:
+    """From what was said between the restart `before` it and this one, and what the trainer `told` of the attempt that ended."""
     first = _FIRST.search(event.message)
     job = first["job"] if first else ""
     failures = [said for said in scene.said(about=f"job/{job}") if said.reason in JOB_FAILURES and _between(said, before, event)]
@@ -68,6 +74,8 @@ def _ended(scene: Scene, event: Event, before: Event | None) -> Ended:
         sentence = f"{where(found['pod'])} exited with {explain_exit(code)}"
     elif found:
         sentence = f"{where(found['pod'])} was taken away (drain, eviction, preemption or a deleted node)"
+    elif told:
+        sentence, code = one_line(told), int(said_code[1]) if (said_code := _CODE.search(told)) else None
     else:
         sentence = f"{job or 'a slice'} failed with a code that counts against the budget, and the cluster keeps no more of a replaced pod"
     free = "IgnoreMaxRestarts" in event.message

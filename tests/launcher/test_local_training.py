@@ -116,5 +116,5 @@ def test_attempts_that_save_nothing_end_the_job_although_each_restart_was_free(b
     assert (status.state, status.attempt, status.restarts_used, status.restarts_free) == (JobState.FAILED, 3, 0, 3)
     assert "exited with 70" in status.message
     assert "the last 3 attempts started before the first checkpoint and none saved a newer one" in status.message
-    crash = json.loads((tmp_path / "job/logs/attempt-3.slice-0.worker-0.crash.json").read_text())
+    crash = json.loads((tmp_path / "job/logs/attempt-3.slice-0.worker-0.exit-70.crash.json").read_text())
     assert crash["exit_code"] == 70 and crash["phase"] == "startup"

@@ -16,6 +16,7 @@ from launcher.observe.progress import last_progress, progress_in
 from launcher.observe.report import Quota, report
 from tests.cluster.situations import SITUATIONS
 from tests.launcher.test_why import recorded
+from trainer.contract import ATTEMPT_ENDED
 
 # As the trainer prints them, each after the kubelet's time.
 LOG = (
@@ -46,6 +47,16 @@ def test_the_log_of_process_0_tells_the_last_step_and_the_last_checkpoint() -> N
     assert found.at and found.checkpoint_at
     assert found.at - found.checkpoint_at == timedelta(seconds=0.5)
     assert progress_in(()) is None
+
+
+def test_what_a_code_without_a_rule_was_is_told_by_the_trainer_of_the_next_attempt() -> None:
+    scene = recorded("crash-loop")
+    ended = scene.status.attempt - 1
+    assert "keeps no more of a replaced pod" in report(scene).last_restart
+    told = "slice 0, worker 1 exited with 137: killed: out of memory"
+    for attempt, known in ((ended, True), (ended - 1, False)):
+        line = f"2026-11-21T06:45:05.5Z {ATTEMPT_ENDED} {attempt}: {told}"
+        assert (report(replace(scene, log=(line,))).last_restart == told) is known
 
 
 def test_a_run_directory_on_this_machine_tells_the_same(tmp_path: Path) -> None:

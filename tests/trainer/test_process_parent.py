@@ -158,7 +158,7 @@ def test_an_expired_grace_ends_training_and_leaves_its_stacks(start: Start, tmp_
     process.send_signal(signal.SIGTERM)
     process.communicate()
     assert process.returncode == 143
-    bundle = json.loads((tmp_path / "run.crash.json").read_text())
+    bundle = json.loads((tmp_path / "run.exit-143.crash.json").read_text())
     assert (bundle["exit_code"], bundle["phase"], bundle["step"]) == (143, "training", 41)
     assert any("parent_program.py" in frame and "in child" in frame for frame in bundle["stacks"])
     assert (tmp_path / "termination-log").read_text() == "asked to leave; the grace ended before it could save"
@@ -223,7 +223,7 @@ def test_output_is_passed_on_and_kept_in_the_log_file_and_no_secret_reaches_the_
     assert "before the log file is known\nafter it is known\n" in out and "on stderr\n" in errors
     kept = (tmp_path / "logs/run.log").read_text()
     assert "before the log file is known\n" in kept and "after it is known\n" in kept and "on stderr\n" in kept and "exit code 70" in kept
-    bundle = tmp_path / "logs/run.crash.json"
+    bundle = tmp_path / "logs/run.exit-70.crash.json"
     content = bundle.read_text()
     assert "canary-1234567890" not in content and "user:pass" not in content
     assert json.loads(content)["environment"]["HUB_TOKEN"] == REMOVED

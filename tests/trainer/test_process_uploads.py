@@ -14,6 +14,7 @@ from launcher.backend.selection import Selection
 from launcher.observe.kept_logs import kept_lines
 from tests.gcs_emulator import Gcs, gcs_emulator
 from tests.trainer.test_process_parent import Start, line, start
+from trainer.attempts import how_it_ended
 
 __all__ = ["start"]
 
@@ -50,9 +51,12 @@ def test_of_a_child_killed_with_sigkill_log_metrics_and_evidence_are_kept_behind
         assert kept[-3:-1] == said
         assert kept[-1].startswith("exit code 137: killed with SIGKILL") and f"{directory}/logs/" in kept[-1]
     found = objects(server, "killed")
-    name = "logs/attempt-0.slice-0.worker-0-0000"
-    assert {f"{name}{part}.{kind}" for part in (0, 1) for kind in ("log", "crash.json")} < set(found)
-    assert b'"exit_code": 137' in found[f"{name}1.crash.json"]
+    name = "logs/attempt-0.slice-0.worker-0"
+    bundles = [f"{name}.exit-137-0000{life}.crash.json" for life in (0, 1)]
+    assert {*bundles, *(f"{name}-0000{life}.log" for life in (0, 1))} < set(found)
+    assert b'"exit_code": 137' in found[bundles[1]]
+    end = how_it_ended(directory, 0, [(0, 0), (0, 1)])
+    assert end.startswith("slice 0, worker 0 exited with 137: killed with SIGKILL")
     assert found["metrics/events-00001"] == bytes(range(256))
     assert found["metrics/metrics-00000-00000.jsonl"] == b'{"step": 0}\n{"step": 1}\n{"step": 2}\n'
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.attempts import Attempt, record_attempt, require_progress, without_progress
+from trainer.attempts import Attempt, how_it_ended, record_attempt, require_progress, without_progress
 from trainer.checkpoint.commit import COMMIT_FILE, Commit, encode
 from trainer.contract import ATTEMPT, ATTEMPTS_FILE, CHECKPOINT_FOLDER, DEVICES_PER_HOST, TERMINATION_LOG
 from trainer.distributed import lost_peer
@@ -184,3 +184,16 @@ def test_a_process_that_is_alone_has_no_peer_to_lose() -> None:
     assert unexpected(JaxRuntimeError("UNAVAILABLE: the TPU is in use"), 1) == (70, "JaxRuntimeError: UNAVAILABLE: the TPU is in use")
     assert unexpected(JaxRuntimeError("UNAVAILABLE: heartbeat"), 2)[0] == 76
     assert unexpected(KeyError(), 1) == (70, "KeyError: ")
+
+
+def test_who_ended_an_attempt_is_read_from_the_names_of_its_crash_bundles(tmp_path: Path) -> None:
+    hosts = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    assert how_it_ended(str(tmp_path), 0, hosts) == "", "a preemption leaves no bundle"
+    for place in ("0.worker-0", "0.worker-1", "1.worker-0"):
+        logs.joinpath(f"attempt-0.slice-{place}.exit-76.crash.json").write_text('{"cause": "lost a peer"}')
+        logs.joinpath(f"attempt-1.slice-{place}.exit-76-00000.crash.json").write_text('{"cause": "lost a peer"}')
+    assert how_it_ended(str(tmp_path), 0, hosts).startswith("slice 1, worker 1 ended without a word")
+    logs.joinpath("attempt-1.slice-1.worker-1.exit-137-00000.crash.json").write_text('{"cause": "killed: out of memory"}')
+    assert how_it_ended(str(tmp_path), 1, hosts) == "slice 1, worker 1 exited with 137: killed: out of memory"

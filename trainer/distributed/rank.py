@@ -46,6 +46,11 @@ class Rank:
     def process_count(self) -> int:
         return self.slices * self.hosts_per_slice
 
+    @property
+    def hosts(self) -> list[tuple[int, int]]:
+        """Slice and worker of every process."""
+        return [(index, worker) for index in range(self.slices) for worker in range(self.hosts_per_slice)]
+
     def __str__(self) -> str:
         return f"process {self.process_index} (slice {self.slice_index}, worker {self.worker}{f', pod {self.pod}' if self.pod else ''})"
 

@@ -16,6 +16,7 @@ from trainer.contract import ATTEMPT, COMPLETION_INDEX, JOB_INDEX, TERMINATION_L
 MESSAGE_BYTES: Final = 2000  # Kubernetes keeps 4096 a container and 12 kB a pod
 TAIL_BYTES: Final = 64 * 1024
 REMOVED: Final = "[removed]"
+CRASH: Final = ".crash.json"
 
 _SECRET_NAME: Final = re.compile(
     r"secret|token|passw|passphrase|credential|api_?key|access_?key|private|auth|cookie|(^|_)key($|_)", re.IGNORECASE
@@ -67,7 +68,7 @@ def write_bundle(log_file: Path | None, facts: Mapping[str, Any], *, tail: str, 
     }
     where = "-".join(re.sub(r"\D", "", environment.get(name, "")) or "0" for name in (ATTEMPT, JOB_INDEX, COMPLETION_INDEX))
     name = f"nnxlaunch-crash-{where}-{os.getpid()}.json"
-    targets = [log_file.with_suffix(".crash.json")] if log_file else []
+    targets = [Path(crash_stem(str(log_file.with_suffix("")), facts["exit_code"]) + CRASH)] if log_file else []
     targets += [Path(environment[TERMINATION_LOG]).with_name(name)] if environment.get(TERMINATION_LOG) else []
     for target in [*targets, Path(tempfile.gettempdir(), name)]:
         try:
@@ -80,11 +81,18 @@ def write_bundle(log_file: Path | None, facts: Mapping[str, Any], *, tail: str, 
     return None
 
 
+def crash_stem(log: str, code: int) -> str:
+    """Of the bundle beside a log: whoever lists the folder knows the exit codes."""
+    return f"{log}.exit-{code}"
+
+
 def container_memory_kills() -> int:
-    """How often the memory limit of this container (cgroup v2) killed a process; 0 where that is not known."""
-    try:
-        events = Path("/sys/fs/cgroup/memory.events").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"^oom_kill (\d+)$", events, re.MULTILINE)
-    return int(found[1]) if found else 0
+    """How often the memory limit of this container (cgroup v2 or v1) killed a process; 0 where that is not known."""
+    for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
+        try:
+            found = re.search(r"^oom_kill (\d+)$", Path(path).read_text(), re.MULTILINE)
+        except OSError:
+            continue
+        if found:
+            return int(found[1])
+    return 0

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from trainer.contract import FREE_EXIT_CODES, GRACE_SECONDS, SURVIVOR_WAIT_SECONDS, Exit
-from trainer.parent.evidence import container_memory_kills, redact, write_bundle, write_termination_message
+from trainer.parent.evidence import CRASH, container_memory_kills, crash_stem, redact, write_bundle, write_termination_message
 from trainer.parent.link import STACKS_SIGNAL, VARIABLE, bytes_of
 from trainer.parent.output import Output
 from trainer.parent.uploads import Uploads
@@ -290,8 +290,9 @@ class Parent:
             }
             evidence = write_bundle(self.output.path, facts, tail=tail, stacks=text, environment=os.environ)
             if self.uploads and evidence:
-                self.uploads.append(self.log, ".crash.json", evidence.read_bytes())
-                evidence = f"{self.uploads.directory}/{self.log}-*.crash.json"
+                stem = crash_stem(self.log, outcome.code)
+                self.uploads.append(stem, CRASH, evidence.read_bytes())
+                evidence = f"{self.uploads.directory}/{stem}-*{CRASH}"
         if text and not (outcome.survivor and evidence):  # where another process is the cause, they only hide it
             self.output.write(text.encode(), 2)
         self.output.write(f"{line}{f' (evidence: {evidence})' if evidence else ''}\n".encode(), 2)
