@@ -5,26 +5,26 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from launcher.backend.kubernetes_api import CONFIG_MAP, EVENT, JOB, JOBSET, POD, Api, Patience, Resource
 from launcher.backend.kubernetes_control import hold, let_go
-from launcher.backend.kubernetes_doctor import Doctor
 from launcher.backend.kubernetes_errors import TemporarilyUnavailable
 from launcher.backend.kubernetes_login import log_in
 from launcher.backend.kubernetes_logs import LOOK_SECONDS, PATIENCE_SECONDS, follow_logs, read_logs, since_time
 from launcher.backend.kubernetes_queue import GROUP, queued_status, workload_of
 from launcher.backend.kubernetes_scene import SceneReader
-from launcher.backend.kubernetes_submit import Submission
 from launcher.backend.scene import Scene, event_of, own_events
 from launcher.backend.selection import Selection
 from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Event, JobState, JobStatus, LogLine, Manifest, job_status
 from launcher.backend.values import mapping
-from launcher.doctor import Finding
 from launcher.errors import NotFound, Unavailable
-from launcher.manifest.names import MANAGED_BY, MANAGED_BY_LABEL, XPK_LABEL
-from launcher.spec import JobSpec
+from launcher.labels import MANAGED_BY, MANAGED_BY_LABEL, XPK_LABEL
 from trainer.contract import CONFIG_FILE
+
+if TYPE_CHECKING:
+    from launcher.doctor import Finding
+    from launcher.spec import JobSpec
 
 CONFIG_VOLUME: Final = "config"
 
@@ -44,12 +44,16 @@ class KubernetesBackend:
 
         What an interrupted submit of the same spec has begun is completed.
         """
+        from launcher.backend.kubernetes_submit import Submission
+
         submission = Submission(self._api, self.namespace, manifests)
         submission.create(remove=self.delete if replace else None)
         return self.get(submission.name)
 
     def check(self, manifests: Sequence[Manifest], *, replace: bool = False) -> None:
         """Have the server try all of `create` without doing it. Raises as `create`."""
+        from launcher.backend.kubernetes_submit import Submission
+
         Submission(self._api, self.namespace, manifests).check(replace=replace)
 
     def get(self, name: str) -> JobStatus:
@@ -143,6 +147,8 @@ class KubernetesBackend:
 
     def examine(self, spec: JobSpec | None) -> Iterator[Finding]:
         """What stands between this namespace and a job; creates nothing."""
+        from launcher.backend.kubernetes_doctor import Doctor
+
         return Doctor(self._api, self.namespace, spec).examine()
 
     def scene(self, name: str) -> Scene:

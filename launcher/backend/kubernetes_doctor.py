@@ -17,9 +17,9 @@ from launcher.doctor.finding import Finding, bad, good, warn
 from launcher.doctor.permissions import QUEUE_USER, SUBMITTER, VIEWER, Right, judge
 from launcher.doctor.pools import node_pools
 from launcher.errors import NnxlaunchError, NotFound, Unavailable
+from launcher.labels import ACCELERATOR_LABEL
 from launcher.manifest import render
 from launcher.spec import JobSpec
-from launcher.tpu.table import ACCELERATOR_LABEL
 
 OLDEST_KUBERNETES: Final = (1, 31)
 REVIEW: Final = Resource("authorization.k8s.io/v1", "SelfSubjectAccessReview", "selfsubjectaccessreviews")

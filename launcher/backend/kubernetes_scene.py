@@ -13,7 +13,7 @@ from launcher.backend.scene import USUAL_EVENTS, Scene, is_queued, own_events
 from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Manifest, PodStatus, pod_status
 from launcher.backend.values import items, mapping
 from launcher.errors import NotFound, Unavailable
-from launcher.tpu.table import ACCELERATOR_LABEL
+from launcher.labels import ACCELERATOR_LABEL
 from trainer.contract import CONTAINER_NAME
 
 REQUESTS: Final = 5

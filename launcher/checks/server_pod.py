@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from launcher.checks.names import DNS_SUBDOMAIN, LABEL_NAME, LABEL_VALUE
+from launcher.labels import ACCELERATOR_LABEL, TOPOLOGY_LABEL
 from launcher.manifest.names import TAS_REQUIRED_ANNOTATION, TAS_SLICE_ANNOTATION, TAS_SLICE_SIZE_ANNOTATION
-from launcher.tpu.table import ACCELERATOR_LABEL, RESOURCE, TOPOLOGY_LABEL, TpuError, families, parse_topology
+from launcher.tpu.table import RESOURCE, TpuError, families, parse_topology
 from trainer.config import Problem
 
 Manifest = Mapping[str, Any]

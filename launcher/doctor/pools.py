@@ -7,10 +7,11 @@ from typing import Final
 
 from launcher.doctor.finding import Finding, bad, good, warn
 from launcher.doctor.objects import Manifest, condition, labels_of, name_of, part
+from launcher.labels import ACCELERATOR_LABEL, TOPOLOGY_LABEL
 from launcher.manifest.pod import node_selector
 from launcher.spec import JobSpec
 from launcher.tpu import Slice, TpuError, find_family, resolve_topology
-from launcher.tpu.table import ACCELERATOR_LABEL, RESOURCE, TOPOLOGY_LABEL, parse_topology
+from launcher.tpu.table import RESOURCE, parse_topology
 
 POOL_LABEL: Final = "cloud.google.com/gke-nodepool"
 

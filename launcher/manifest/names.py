@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Final
 
+from launcher.labels import MANAGED_BY, MANAGED_BY_LABEL, XPK_LABEL
 from launcher.spec import JobSpec
 from trainer import contract
 
-MANAGED_BY_LABEL: Final = "app.kubernetes.io/managed-by"
-MANAGED_BY: Final = "nnxlaunch"
 JOB_LABEL: Final = "nnxlaunch/job"
 SPEC_HASH_LABEL: Final = "nnxlaunch/spec-hash"
 
 XPK_QUEUE: Final = "multislice-queue"
 """The LocalQueue of every cluster that XPK has made, in its namespace `default`."""
-XPK_LABEL: Final = "xpk.google.com/workload"
-"""What XPK and the dashboards made for it select jobs by."""
 
 JOBSET_NAME_LABEL: Final = "jobset.sigs.k8s.io/jobset-name"
 JOB_INDEX_LABEL: Final = "jobset.sigs.k8s.io/job-index"

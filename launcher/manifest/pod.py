@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from launcher.labels import ACCELERATOR_LABEL, TOPOLOGY_LABEL
 from launcher.manifest import names
 from launcher.manifest.container import container, pod_security_context
 from launcher.manifest.volumes import volumes
 from launcher.spec import JobSpec
 from launcher.spec.capacity import Dws, FlexStart, Reservation, Spot, SuperSlice, Tas
 from launcher.spec.pod import GcsFuse
-from launcher.tpu.table import ACCELERATOR_COUNT_LABEL, ACCELERATOR_LABEL, RESOURCE, TOPOLOGY_LABEL, Slice, format_topology
+from launcher.tpu.table import ACCELERATOR_COUNT_LABEL, RESOURCE, Slice, format_topology
 
 Manifest = dict[str, Any]
 

@@ -10,9 +10,9 @@ from typing import Final
 from launcher.backend.scene import Scene
 from launcher.backend.status import JOBSET_NAME_LABEL, Manifest
 from launcher.backend.values import items, mapping, strings
+from launcher.labels import ACCELERATOR_LABEL, TOPOLOGY_LABEL
 from launcher.observe.cause import Cause, Pod, counted, named, one_line, pods_of
 from launcher.observe.quantity import quantity
-from launcher.tpu.table import ACCELERATOR_LABEL, TOPOLOGY_LABEL
 
 POOL_LABEL: Final = "cloud.google.com/gke-nodepool"
 RESOURCE: Final = "google.com/tpu"

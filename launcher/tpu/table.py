@@ -18,8 +18,6 @@ import yaml
 
 from trainer.config.base import near_miss
 
-ACCELERATOR_LABEL = "cloud.google.com/gke-tpu-accelerator"
-TOPOLOGY_LABEL = "cloud.google.com/gke-tpu-topology"
 ACCELERATOR_COUNT_LABEL = "cloud.google.com/gke-accelerator-count"
 RESOURCE = "google.com/tpu"
 

@@ -49,7 +49,7 @@ LAUNCHER_LAYERS: tuple[tuple[str, ...], ...] = (
     ("launcher.tpu",),
     ("launcher.registry",),
     ("launcher.image",),
-    ("launcher.errors", "launcher.redact", "launcher.kinds"),
+    ("launcher.errors", "launcher.redact", "launcher.kinds", "launcher.labels"),
 )
 HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "numpy", "kubernetes", "google.cloud.storage")
 WITHOUT_JAX = ("trainer.contract", "trainer.config", "trainer.__main__")
@@ -154,6 +154,12 @@ def test_a_fresh_interpreter_imports_it_without_jax(module: str) -> None:
 def test_a_fresh_interpreter_imports_the_whole_launcher_without_jax_and_without_a_client() -> None:
     names = [module for module, _ in modules() if module.startswith("launcher") and not module.startswith(KUBERNETES_CLIENT)]
     assert len(names) > 50 and loaded_by(names) == []
+
+
+def test_what_says_how_a_job_is_doing_does_not_load_what_describes_jobs() -> None:
+    program = "import launcher.observe.why, launcher.observe.report, launcher.cli.show, sys; print(*sys.modules, sep='\\n')"
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert not {"pydantic", "launcher.spec", "launcher.manifest", "launcher.tpu", "trainer.config"}.intersection(found)
 
 
 def test_no_launcher_module_names_an_array_library_even_inside_a_function() -> None:

@@ -1,0 +1,13 @@
+"""Labels that say whose an object is and what a node has, for those who look and need no spec. Imports nothing, so looking is fast."""
+
+from __future__ import annotations
+
+from typing import Final
+
+MANAGED_BY_LABEL: Final = "app.kubernetes.io/managed-by"
+MANAGED_BY: Final = "nnxlaunch"
+XPK_LABEL: Final = "xpk.google.com/workload"
+"""What XPK and the dashboards made for it select jobs by."""
+
+ACCELERATOR_LABEL: Final = "cloud.google.com/gke-tpu-accelerator"
+TOPOLOGY_LABEL: Final = "cloud.google.com/gke-tpu-topology"
