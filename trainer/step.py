@@ -23,6 +23,7 @@ from trainer.model.multi_token import ahead
 from trainer.model.tiles import tiled_loss_sums
 from trainer.optim import build_schedule
 from trainer.parallel.compiler import compiler_options
+from trainer.parallel.context import balance
 from trainer.parallel.sharding import Layout, constrain, use_layout
 from trainer.replicas import over_replicas
 from trainer.silent import TermProbe
@@ -42,7 +43,7 @@ def make_train_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> Tra
     """The jitted step `(state, batch) -> (state, metrics)`; the state is donated.
 
     batch: `inputs`, `targets`, `positions`, `segments` int32 [B, T] and `weights` float32 [B, T], B the global
-    batch. metrics: float32 scalars: `loss` (what is minimised), `cross_entropy`, every loss term's value before
+    batch, tokens in order. metrics: float32 scalars: `loss` (what is minimised), `cross_entropy`, every loss term's value before
     its weight, `tokens` (valid) and what else terms are divided by, `gradient_norm` (before clipping), `learning_rate`,
     `skipped_updates` so far where spikes are skipped, and those of `trainer.model.byproducts.statistics_metrics`, some of them arrays.
     With replicas, metrics have a leading dim that counts them.
@@ -63,7 +64,8 @@ def _one_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> TrainStep
     offloaded = config.optimizer.state_memory == "host"
 
     def train_step(state: nnx.State, batch: Batch) -> tuple[nnx.State, Metrics]:
-        with use_layout(layout):
+        with use_layout(layout.in_steps(config)):
+            batch = balance(batch)
             train = nnx.merge(spec.graphdef, state)
             model_def, *parts = nnx.split(train.model, spec.trained, ...)
             params, rest = (gathered(config, part) for part in parts)
@@ -99,7 +101,8 @@ def make_eval_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> Eval
     terms = eval_terms(config)
 
     def eval_step(state: nnx.State, sums: LossSums, batch: Batch) -> LossSums:
-        with use_layout(layout.of_batch(config)):
+        with use_layout(layout.of_batch(config).in_steps(config)):
+            batch = balance(batch)
             model = nnx.merge(spec.model, gathered(config, state["model"]))
             return sums + forward_sums(config, _forward(config, model, batch, terms), batch, terms)
 
@@ -115,7 +118,8 @@ def make_term_probe(config: TrainConfig, spec: StateSpec, layout: Layout) -> Ter
     terms, model = loss_terms(config), model_terms(config)
 
     def term_probe(state: nnx.State, batch: Batch, number: jax.Array) -> Metrics:
-        with use_layout(layout.of_batch(config)):
+        with use_layout(layout.of_batch(config).in_steps(config)):
+            batch = balance(batch)
             model_def, *parts = nnx.split(nnx.merge(spec.model, state["model"]), spec.trained, ...)
             params, rest = (gathered(config, part) for part in parts)
             count = config.batch.accumulation

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Final
 
 from trainer.config.attention import KERNEL_BLOCK
+from trainer.config.context import Ring, Ulysses, context_fits, is_balanced
 from trainer.config.data import ArrayRecord, Bytes, JsonLines, Parquet, PythonStandardLibrary, Synthetic, Text
 from trainer.config.diloco import diloco_fits
 from trainer.config.layouts import batch_divides, length_shards, mesh_axes_are_used, model_divides, rules_are_known, weights_are_split
@@ -28,6 +29,7 @@ def check_train(config: TrainConfig, *, slices: int, devices_per_slice: int, pro
         yield from pipeline_fits(config, shape)
         yield from diloco_fits(config, shape)
         yield from batch_divides(config, shape)
+        yield from context_fits(config, shape)
         yield from model_divides(config, shape)
         yield from mesh_axes_are_used(config, shape)
         yield from kernel_fits(config, shape)
@@ -58,17 +60,22 @@ def mesh_fits(config: TrainConfig, *, slices: int, devices_per_slice: int) -> Ge
 
 
 def kernel_fits(config: TrainConfig, shape: Mapping[str, int]) -> Iterator[Problem]:
-    """Sequences that the splash kernel is asked to take are whole blocks, and not split."""
+    """What the splash kernel is asked to take at once, a sequence or a device's chunk of one, is whole blocks."""
     if config.model.attention_kernel != "splash":
         return
-    path, length, ways = "model.attention_kernel", config.batch.sequence_length, length_shards(shape, config.sharding)
-    if length % KERNEL_BLOCK:
-        message = f"splash takes blocks of {KERNEL_BLOCK} tokens, and batch.sequence_length is {length}"
-        hint = f"a sequence length that is a multiple of {KERNEL_BLOCK}, or plain"
-        yield Problem(path=path, message=message, hint=hint, code="kernel", value=length, limit=KERNEL_BLOCK)
-    if ways > 1:
-        message = f"splash takes whole sequences, and the mesh splits each {ways} ways"
-        yield Problem(path=path, message=message, hint="plain, or context=1", code="kernel", value=ways, limit=1)
+    path, length, context = "model.attention_kernel", config.batch.sequence_length, config.sharding.context
+    ways = 1 if isinstance(context, Ulysses) else length_shards(shape, config.sharding)
+    parts = 2 * ways if ways > 1 and is_balanced(context) else ways
+    unit = parts * KERNEL_BLOCK
+    if length % unit:
+        chunks = f" in each of {parts} chunks" if parts > 1 else ""
+        message = f"splash takes blocks of {KERNEL_BLOCK} tokens{chunks}, and batch.sequence_length is {length}"
+        hint = f"a sequence length that is a multiple of {unit}, or plain"
+        yield Problem(path=path, message=message, hint=hint, code="kernel", value=length, limit=unit)
+    windows = [block.attention.window for block in config.model.patterns if block.attention.window is not None]
+    if ways > 1 and isinstance(context, Ring) and windows:
+        message = f"splash takes no windows in a ring, and the model has one of {min(windows)}"
+        yield Problem(path=path, message=message, hint="auto, or sharding.context: {type: gather}", code="kernel", value="splash")
 
 
 def state_is_of_one_run(config: TrainConfig) -> Iterator[Problem]:

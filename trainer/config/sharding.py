@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from trainer.config.base import Fraction, Node
+from trainer.config.context import Context, Gather
 from trainer.config.rules import RULES, Rule
 from trainer.config.weights import stacked_path
 
@@ -48,6 +49,8 @@ class Sharding(Node):
     optimizer: Literal["as_weights", "over_data"] = "as_weights"
     """`over_data` (ZeRO, stage 1; Rajbhandari et al. 2020): the optimizer state and the weights as stored are split over
     `data` too, and a step begins with one gathering of the weights, in compute dtype."""
+    context: Context = Gather()
+    """How attention works where the mesh splits sequences (`mesh.*.context`)."""
     unsharded_limit: Fraction = 0.02
     """Largest share of the parameters that may lie in weights which a mesh axis for weights does not split."""
 

@@ -8,27 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from trainer.config.context import KEY_AXES, QUERY_AXES
 from trainer.config.model import Attention as AttentionSpec
 from trainer.config.model import AttentionKernel, Block, Rope
 from trainer.config.model import LatentAttention as LatentSpec
+from trainer.model.attend import Seen, attend, attention_mask
 from trainer.model.dropout import Dropout, Site
 from trainer.model.kernels import splash_attention, uses_splash
-from trainer.model.layers import Params, RmsNorm, add_bias, einsum_float32, select, under
+from trainer.model.layers import Params, RmsNorm, add_bias, select, under
 from trainer.model.rope import Table, rope_table, rotate
+from trainer.model.split_attention import attend_split
+from trainer.parallel.context import split_of
 from trainer.parallel.sharding import constrain
-
-# Finite, so that a row can never be all -inf; far below any score in float32.
-MASKED: Final = -1e30
-
-QUERY_AXES: Final = ("batch", "length", "act_heads", None)
-KEY_AXES: Final = ("batch", "length", "act_kv_heads", None)
 
 Cache = Mapping[str, jax.Array]
 """What one attention layer remembers of tokens, by name: [B, S, ...] each (with a leading dim where layers are stacked)."""
@@ -73,19 +71,17 @@ class Context:
         past: Seen | None,
     ) -> jax.Array:
         """`attend` over the documents of the batch, by the kernel that was chosen; with a past always the plain one."""
-        if past is None and self.segments is not None and uses_splash(self.kernel, query.shape[1]):
-            axes = QUERY_AXES, KEY_AXES
-            window, soft_cap = spec.window, spec.soft_cap
-            return splash_attention(query, key, value, self.segments, axes=axes, window=window, soft_cap=soft_cap, sinks_N=sinks_N)
+        if past is None and self.segments is not None and self.positions is not None:
+            axes, window, soft_cap = (QUERY_AXES, KEY_AXES), spec.window, spec.soft_cap
+            if (split := split_of(QUERY_AXES, query.shape)) is not None:
+                rows = self.positions, self.segments
+                return attend_split(
+                    query, key, value, rows, split,
+                    axes=axes, window=window, soft_cap=soft_cap, sinks_N=sinks_N, kernel=self.kernel,
+                )  # fmt: skip
+            if uses_splash(self.kernel, query.shape[1]):
+                return splash_attention(query, key, value, self.segments, axes=axes, window=window, soft_cap=soft_cap, sinks_N=sinks_N)
         return attend(query, key, value, self.masks[spec.window], soft_cap=spec.soft_cap, sinks_N=sinks_N, past=past)
-
-
-class Seen(NamedTuple):
-    """Keys, values and which query sees which of them."""
-
-    key: jax.Array  # [B, S, K, H]
-    value: jax.Array  # [B, S, K, H]
-    mask: jax.Array  # bool [B, T, S]
 
 
 def make_context(
@@ -102,68 +98,11 @@ def make_context(
     positions int32: place of a token in its document; segments int32: document number within the row, 0 = padding.
     past_masks, remember, kernel: as the fields of Context.
     """
-    specs = [block.attention for block in blocks]
-    masks = {window: attention_mask(positions_BT, segments_BT, window) for window in dict.fromkeys(spec.window for spec in specs)}
+    specs, rows = [block.attention for block in blocks], (positions_BT, segments_BT)
+    masks = {window: attention_mask(rows, rows, window) for window in dict.fromkeys(spec.window for spec in specs)}
     keys = dict.fromkeys((spec.rope, spec.rotary_dim) for spec in specs)
     tables = {(rope, rotated): rope_table(positions_BT, rope, rotated) for rope, rotated in keys}
     return Context(segments_BT != 0, masks, tables, past_masks or {}, remember, segments_BT, kernel, positions_BT)
-
-
-def attention_mask(positions_BT: jax.Array, segments_BT: jax.Array, window: int | None) -> jax.Array:
-    """Bool [B, T, S]: same document, not later, and within `window` positions where given.
-
-    Made of positions, not of places in the row, so it holds for any order of the tokens. A token always sees
-    itself; padding sees only padding.
-    """
-    distance_BTS = positions_BT[:, :, None] - positions_BT[:, None, :]
-    mask_BTS = (segments_BT[:, :, None] == segments_BT[:, None, :]) & (distance_BTS >= 0)
-    return mask_BTS if window is None else mask_BTS & (distance_BTS < window)
-
-
-def attend(
-    query_BTNH: jax.Array,
-    key_BSKH: jax.Array,
-    value_BSKV: jax.Array,
-    mask_BTS: jax.Array,
-    *,
-    soft_cap: float | None,
-    sinks_N: jax.Array | None = None,
-    past: Seen | None = None,
-) -> jax.Array:
-    """softmax(cap(q k^T)) v with the softmax in float32; queries come scaled. Returns [B, T, N, V] in the dtype of `value`.
-
-    sinks: one more logit of each head in its softmax, without a value (Xiao et al. 2023, GPT-OSS).
-    past: further keys and values, of earlier tokens; the softmax is over both.
-    """
-    B, T, N, H = query_BTNH.shape
-    K, V = key_BSKH.shape[2], value_BSKV.shape[3]
-    # "..." is G, or nothing where every query head has its own key: XLA on CPU transposes scores for a dim of size 1.
-    # Keys come first, and weights before values, for the same reason.
-    group = () if N == K else (N // K,)
-    query = query_BTNH.reshape(B, T, K, *group, H)
-    present = Seen(key_BSKH, value_BSKV, mask_BTS)
-    parts = [present] if past is None else [past, present]
-    scored: list[jax.Array] = []
-    for part in parts:
-        scores = einsum_float32("BSKH,BTK...H->BK...TS", part.key, query)
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
-        scored.append(jnp.where(jnp.expand_dims(part.mask, range(1, scores.ndim - 2)), scores, MASKED))
-    scores = scored[0] if past is None else jnp.concatenate(scored, axis=-1)
-    weights = softmax_with_sinks(scores, sinks_N).astype(value_BSKV.dtype)
-    mixed = [
-        jnp.einsum("BK...TS,BSKV->BTK...V", share, part.value)
-        for share, part in zip([weights] if past is None else jnp.split(weights, [past.mask.shape[-1]], axis=-1), parts, strict=True)
-    ]
-    return (mixed[0] if past is None else mixed[0] + mixed[1]).reshape(B, T, N, V)
-
-
-def softmax_with_sinks(scores: jax.Array, sinks_N: jax.Array | None) -> jax.Array:
-    """Softmax of float32 scores [B, K, ..., T, S] over S and, where given, a sink of each of the N = K x ... heads."""
-    if sinks_N is None:
-        return jax.nn.softmax(scores, axis=-1)
-    sinks = sinks_N.reshape(1, *scores.shape[1:-2], 1, 1)
-    return jnp.exp(scores - jnp.logaddexp(jax.nn.logsumexp(scores, axis=-1, keepdims=True), sinks))
 
 
 def named_query_key_value(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from trainer.config.context import QUERY_AXES
 from trainer.config.model import LatentAttention as LatentSpec
-from trainer.model.attention import QUERY_AXES, ByProducts, Cache, Context, Seen, named_query_key_value
+from trainer.model.attend import Seen
+from trainer.model.attention import ByProducts, Cache, Context, named_query_key_value
 from trainer.model.layers import Params, RmsNorm, add_bias, select, under
 from trainer.model.rope import rotate
 from trainer.parallel.sharding import constrain

@@ -18,6 +18,7 @@ from flax import nnx
 from trainer.config.model import Capacity, DenseDispatch, Dropless, GatedMlp, Moe
 from trainer.model.layers import Mlp, Params, add_bias, einsum_float32, gated, select, under
 from trainer.model.routing import Routing, chosen_experts, load_balance_sum, route, z_loss_sum
+from trainer.parallel.context import as_stored, in_order
 from trainer.parallel.experts import Choices, Expert, Placed, by_token, mix, mix_over_mesh
 from trainer.parallel.sharding import constrain, current_layout
 
@@ -117,10 +118,10 @@ def with_capacity(
     T, K = routing.experts.shape[1:]
     room = min(math.ceil(factor * T * K / spec.experts), T)
     hot_BTKE = jax.nn.one_hot(routing.experts, spec.experts, dtype=jnp.float32) * valid_BT[..., None, None]
-    flat_BME = hot_BTKE.reshape(hot_BTKE.shape[0], T * K, spec.experts)
-    place_BM = jnp.sum((jnp.cumsum(flat_BME, axis=1) - 1) * flat_BME, axis=-1)
-    kept_BTKE = jnp.where((place_BM < room).reshape(-1, T, K, 1), hot_BTKE, 0)
-    slot_BTKC = jax.nn.one_hot(place_BM.reshape(-1, T, K).astype(jnp.int32), room, dtype=jnp.float32)
+    flat_BME = in_order(hot_BTKE).reshape(hot_BTKE.shape[0], T * K, spec.experts)
+    place_BTK = as_stored(jnp.sum((jnp.cumsum(flat_BME, axis=1) - 1) * flat_BME, axis=-1).reshape(-1, T, K))
+    kept_BTKE = jnp.where((place_BTK < room)[..., None], hot_BTKE, 0)
+    slot_BTKC = jax.nn.one_hot(place_BTK.astype(jnp.int32), room, dtype=jnp.float32)
     dispatch_BTEC = jnp.einsum("BTKE,BTKC->BTEC", kept_BTKE, slot_BTKC)
     combine_BTEC = jnp.einsum("BTK,BTKE,BTKC->BTEC", routing.weights, kept_BTKE, slot_BTKC)
     axes = ("act_expert", "batch", None, None)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from trainer.config.model import Model
 from trainer.model.layers import Params, RmsNorm, under
+from trainer.parallel.context import as_stored, in_order
 
 
 class Module(nnx.Module):
@@ -31,8 +32,9 @@ class Module(nnx.Module):
 
 
 def ahead(x_BT: jax.Array, k: int) -> jax.Array:
-    """`x` k places on in the row [B, T, ...]; zeros behind its end."""
-    return jnp.concatenate([x_BT[:, k:], jnp.zeros_like(x_BT[:, :k])], axis=1)
+    """`x` k places on in the row [B, T, ...]; zeros behind its end. Rows are as they are stored."""
+    x_BT = in_order(x_BT)
+    return as_stored(jnp.concatenate([x_BT[:, k:], jnp.zeros_like(x_BT[:, :k])], axis=1))
 
 
 def goes_on(segments_BT: jax.Array, k: int) -> jax.Array:

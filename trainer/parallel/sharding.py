@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from trainer.config.context import is_balanced
 from trainer.config.layouts import stored_layout
 from trainer.config.rules import Resolution, across_replicas, inside_pipeline, resolve
 from trainer.config.sharding import Sharding
@@ -36,6 +37,8 @@ class Layout:
     sharding_config: Sharding = STANDARD
     inside_stage: bool = False
     """Within a pipeline's stage: the `stage` axis is taken, the batch is split over the others."""
+    balanced: bool = False
+    """Sequences lie in the order of `trainer.config.context.balanced_order`."""
     all_replicas: bool = False
     """For what all replicas of DiLoCo do together: the batch is split over `diloco` too. A replica's own step knows nothing of the axis."""
 
@@ -61,6 +64,11 @@ class Layout:
     def of_batch(self, config: TrainConfig) -> Layout:
         """The layout of whole batches of a run."""
         return self if config.diloco is None else replace(self, all_replicas=True)
+
+    def in_steps(self, config: TrainConfig) -> Layout:
+        """The layout that steps compute with: sequences are balanced where they are split and the run says so."""
+        split = self.spec(("batch", "length"), (config.batch.global_batch, config.batch.sequence_length))
+        return replace(self, balanced=len(split) == 2 and is_balanced(config.sharding.context))
 
     @property
     def replicated(self) -> NamedSharding:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config.model import Llama3Scaling, Rope
-from trainer.model.attention import attend, attention_mask
+from trainer.model.attend import attend, attention_mask
 from trainer.model.rope import rope_frequencies, rope_table, rotate
 
 
@@ -63,7 +63,7 @@ def compiled_attention(
     cap: float | None,
 ) -> jax.Array:
     with jax.default_matmul_precision("highest"):
-        return attend(query, key, value, attention_mask(positions, segments, window), soft_cap=cap)
+        return attend(query, key, value, attention_mask((positions, segments), (positions, segments), window), soft_cap=cap)
 
 
 @settings(max_examples=60, deadline=None)
