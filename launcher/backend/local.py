@@ -45,20 +45,24 @@ class LocalBackend:
             raise Unavailable("this Python has the launcher, but not the trainer's libraries", hint="in the clone: ./setup.sh train")
         placed = _placed(manifests, self.namespace)
         control = LocalJobSet(next(manifest for manifest in placed if manifest["kind"] == "JobSet"), lambda: datetime.now(UTC))
-        if replace:
-            with contextlib.suppress(NotFound):
-                self.delete(name)
-        self._forget_expired(name)
+        first = Snapshot(control.jobset, [], [], [])
         folder = JobFolder(self._root / name)
-        try:
-            create_folder(folder.path, {"manifests.json": {"manifests": placed, "directory": os.getcwd()}})
-        except FileExistsError:
-            raise AlreadyExists(
-                f"a local job {name!r} exists already", hint="choose another name, or take its place with --replace"
-            ) from None
-        folder.write(Snapshot(control.jobset, [], [], []))
-        self._supervise(folder)
-        return self.get(name)
+        with folder.claimed() as claim:
+            if folder.path.exists():
+                if replace:
+                    _remove(folder)
+                elif not folder.begun or folder.expired():  # an interrupted submit is completed by the same one again
+                    folder.remove()
+            try:
+                create_folder(
+                    folder.path, {"manifests.json": {"manifests": placed, "directory": os.getcwd()}, "status.json": first.document}
+                )
+            except FileExistsError:
+                raise AlreadyExists(
+                    f"a local job {name!r} exists already", hint="choose another name, or take its place with --replace"
+                ) from None
+            self._supervise(folder, claim)
+            return self.get(name)
 
     def get(self, name: str) -> JobStatus:
         return self._status(self._folder(name))
@@ -90,9 +94,8 @@ class LocalBackend:
 
     def delete(self, name: str) -> None:
         folder = self._folder(name)
-        pods = [job["template"]["spec"]["template"]["spec"] for job in folder.read().jobset["spec"]["replicatedJobs"]]
-        folder.stop(max(float(pod.get("terminationGracePeriodSeconds", 30)) for pod in pods) + PATIENCE_SECONDS)
-        folder.remove()
+        with folder.claimed():
+            _remove(self._folder(name))
 
     def suspend(self, name: str) -> JobStatus:
         raise self._no_suspension(name)
@@ -129,7 +132,7 @@ class LocalBackend:
         folder = self._folder(name)
 
         def over() -> bool:
-            return folder.supervisor() is None
+            return not folder.busy()
 
         return log_lines(folder, follow=follow, slice_index=slice_index, worker=worker, over=over)
 
@@ -141,7 +144,7 @@ class LocalBackend:
 
     def _folder(self, name: str) -> JobFolder:
         folder = JobFolder(self._root / name)
-        if "/" in name or name.startswith(".") or not (folder.path / "status.json").is_file():
+        if "/" in name or name.startswith(".") or not folder.path.is_dir():
             raise NotFound(
                 f"no local job {name!r} in namespace {self.namespace!r}", hint="see what there is with: nnxlaunch list --backend local"
             )
@@ -151,15 +154,15 @@ class LocalBackend:
         return self._snapshot(folder).status
 
     def _snapshot(self, folder: JobFolder) -> Snapshot:
-        """As the supervisor wrote it; without a supervisor, an unfinished job is lost."""
-        alive = folder.supervisor() is not None  # asked first: it may finish between the two
+        """As the supervisor wrote it; without a supervisor, an unfinished job is lost. Looking ends no process: `delete` does."""
+        busy = folder.busy()  # asked first: it may finish between the two
         snapshot = folder.read()
-        if alive or snapshot.finished:
+        if busy or snapshot.finished:
             return snapshot
-        folder.end_leftovers()
+        words = f"the job's supervisor is gone (killed, or this machine was restarted); its words: {folder.path / 'supervisor.log'}"
         lost = {
             "type": "Failed", "status": "True", "reason": "SupervisorLost",
-            "message": f"the job's supervisor is gone (killed, or this machine was restarted); its words: {folder.path / 'supervisor.log'}",
+            "message": words if folder.begun else "its submit was interrupted before the job started; the same one again completes it",
             "lastTransitionTime": datetime.fromtimestamp((folder.path / "status.json").stat().st_mtime, UTC).isoformat(),
         }  # fmt: skip
         snapshot.jobset["status"] |= {"terminalState": "Failed", "conditions": [lost]}
@@ -169,19 +172,22 @@ class LocalBackend:
         return snapshot
 
     def _forget_expired(self, name: str) -> None:
-        with contextlib.suppress(NotFound):
+        with contextlib.suppress(NotFound, BlockingIOError):
             folder = self._folder(name)
-            if folder.supervisor() is None and folder.expired():
-                folder.remove()
+            if folder.expired() and not folder.busy():
+                with folder.claimed(wait=False):
+                    if folder.expired():
+                        folder.remove()
 
-    def _supervise(self, folder: JobFolder) -> None:
+    def _supervise(self, folder: JobFolder, claim: int) -> None:
+        """Start a supervisor; it holds the descriptor `claim`, too, until it holds its own lock."""
         ready, its_end = os.pipe()
         try:
             with open(folder.path / "supervisor.log", "ab") as log:
-                command = [sys.executable, "-m", "launcher.backend.local_supervisor", str(folder.path), str(its_end)]
+                command = [sys.executable, "-m", "launcher.backend.local_supervisor", str(folder.path), str(its_end), str(claim)]
                 environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_import_paths())}
                 done = subprocess.run(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(its_end,), env=environment,
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(its_end, claim), env=environment,
                     start_new_session=True, timeout=START_SECONDS, check=False,
                 )  # fmt: skip
             os.close(its_end)
@@ -194,6 +200,14 @@ class LocalBackend:
             os.close(ready)
             if its_end >= 0:
                 os.close(its_end)
+
+
+def _remove(folder: JobFolder) -> None:
+    """End the job and take its folder away; the caller holds the name."""
+    pods = [job["template"]["spec"]["template"]["spec"] for job in folder.read().jobset["spec"]["replicatedJobs"]]
+    grace = max((float(pod.get("terminationGracePeriodSeconds", 30)) for pod in pods), default=30.0)
+    folder.stop(grace + PATIENCE_SECONDS)
+    folder.remove()
 
 
 def _placed(manifests: Sequence[Manifest], namespace: str) -> list[Manifest]:

@@ -1,8 +1,9 @@
 """The folder of a local job: what it was made of, what it is doing, its logs.
 
+<state>/<namespace>/.<name>.lock    held while the job is made or removed; it outlives the folder, so that two never do it at once
 <state>/<namespace>/<name>/
   manifests.json    as submitted, and where
-  status.json       JobSet, Jobs, pods and events; replaced whole, by the supervisor alone
+  status.json       JobSet, Jobs, pods and events; replaced whole, after the start by the supervisor alone
   lock              held by the supervisor as long as it lives: the kernel lets go of it however it dies
   supervisor.json   its process id
   supervisor.log
@@ -30,7 +31,7 @@ from typing import Any, Final
 from launcher.backend.local_pod import descendants
 from launcher.backend.status import RESTART_ATTEMPT_LABEL, Event, JobStatus, Manifest, job_status, timestamp
 from launcher.backend.values import mapping
-from launcher.errors import NotFound
+from launcher.errors import NotFound, Unavailable
 
 STATE_VARIABLE: Final = "NNXLAUNCH_STATE"
 LOOK_SECONDS: Final = 0.1
@@ -69,6 +70,12 @@ class Snapshot:
     def status(self) -> JobStatus:
         return job_status(self.jobset, self.present, self.jobs)
 
+    @property
+    def document(self) -> dict[str, Any]:
+        """What status.json holds."""
+        events = [{**asdict(event), "at": event.at.isoformat() if event.at else None} for event in self.events]
+        return {"jobset": self.jobset, "jobs": self.jobs, "pods": self.pods, "events": events}
+
 
 @dataclass(frozen=True)
 class JobFolder:
@@ -79,29 +86,59 @@ class JobFolder:
         return self.path / "pods"
 
     def read(self) -> Snapshot:
-        """Raises NotFound when the job is gone."""
-        document = self._json("status.json")
+        """A status that cannot be read is a failed job that says so, and that can be removed. Raises NotFound when the job is gone."""
+        try:
+            document = json.loads((self.path / "status.json").read_bytes())
+        except (FileNotFoundError, ValueError) as error:
+            if not self.path.is_dir():
+                raise self._not_found() from None
+            return self._damaged(error)
         events = [Event(at=timestamp(raw.pop("at")), **raw) for raw in document["events"]]
         return Snapshot(document["jobset"], document["jobs"], document["pods"], events)
 
     def write(self, snapshot: Snapshot) -> None:
-        events = [{**asdict(event), "at": event.at.isoformat() if event.at else None} for event in snapshot.events]
-        _replace(self.path / "status.json", {"jobset": snapshot.jobset, "jobs": snapshot.jobs, "pods": snapshot.pods, "events": events})
+        _replace(self.path / "status.json", snapshot.document)
 
     def manifests(self) -> dict[str, Any]:
         return self._json("manifests.json")
 
-    def supervisor(self) -> int | None:
-        """Its process id while it lives."""
-        if not self._locked():
-            return None
-        with contextlib.suppress(NotFound):
-            return int(self._json("supervisor.json")["pid"])
-        return None
+    @contextlib.contextmanager
+    def claimed(self, *, wait: bool = True) -> Generator[int]:
+        """Hold the name, to make or to remove its job; gives the lock's descriptor.
+
+        A process that inherits the descriptor holds the name too, until it closes it. Raises BlockingIOError when another
+        holds the name and `wait` is false, and Unavailable when the folder of this machine's jobs cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(self._name_lock, "ab")
+        except OSError as error:
+            raise Unavailable(
+                f"the folder of this machine's jobs, {self.path.parent}, cannot be written: {error.strerror}",
+                hint=f"set {STATE_VARIABLE} to a folder that can",
+            ) from None
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            yield file.fileno()
+
+    def busy(self) -> bool:
+        """Whether the job has a supervisor, or is being started or removed.
+
+        A supervisor lets go of the name only once it holds its own lock: asked in this order, no start is missed.
+        """
+        return _locked(self._name_lock) or _locked(self.path / "lock")
+
+    @property
+    def begun(self) -> bool:
+        """Whether it ever had a supervisor."""
+        return (self.path / "supervisor.json").exists()
 
     @contextlib.contextmanager
     def supervised(self) -> Generator[None]:
-        """Hold the lock of a supervisor."""
+        """Hold the lock of a supervisor.
+
+        Whoever starts one holds the name, and there is one folder for one supervisor: this waits for readers of the lock alone.
+        """
         with open(self.path / "lock", "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             _replace(self.path / "supervisor.json", {"pid": os.getpid()})
@@ -109,20 +146,16 @@ class JobFolder:
 
     def stop(self, patience_seconds: float) -> None:
         """Ask the supervisor to end the job, wait for it, and end what is left by force."""
-        pid = self.supervisor()
+        pid = self._supervisor()
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
             deadline = time.monotonic() + patience_seconds
-            while self._locked() and time.monotonic() < deadline:
+            while _locked(self.path / "lock") and time.monotonic() < deadline:
                 time.sleep(LOOK_SECONDS / 2)
-            if self._locked():
+            if _locked(self.path / "lock"):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        self.end_leftovers()
-
-    def end_leftovers(self) -> None:
-        """Kill what pods have left behind; only after the supervisor is gone."""
         with contextlib.suppress(NotFound):
             end_pods(self.read().pods)
 
@@ -139,26 +172,40 @@ class JobFolder:
         ttl, finished_at = snapshot.jobset["spec"].get("ttlSecondsAfterFinished"), snapshot.status.finished_at
         return ttl is not None and finished_at is not None and datetime.now(UTC) > finished_at + timedelta(seconds=ttl)
 
-    def _locked(self) -> bool:
-        try:
-            with open(self.path / "lock", "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
+    @property
+    def _name_lock(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.lock")
+
+    def _supervisor(self) -> int | None:
+        """Its process id while it lives."""
+        if not _locked(self.path / "lock"):
+            return None
+        with contextlib.suppress(NotFound, ValueError):
+            return int(self._json("supervisor.json")["pid"])
+        return None
+
+    def _damaged(self, error: Exception) -> Snapshot:
+        name = self.path.name
+        failed = {
+            "type": "Failed", "status": "True", "reason": "Damaged",
+            "message": f"the record of this job is damaged ({error}); nnxlaunch cancel {name} --backend local removes it",
+        }  # fmt: skip
+        metadata = {"name": name, "namespace": self.path.parent.name, "uid": name}
+        status = {"restarts": 0, "restartsCountTowardsMax": 0, "terminalState": "Failed", "conditions": [failed]}
+        return Snapshot({"kind": "JobSet", "metadata": metadata, "spec": {"replicatedJobs": []}, "status": status}, [], [], [])
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
             return json.loads((self.path / name).read_bytes())
         except FileNotFoundError:
-            raise NotFound(f"no local job {self.path.name!r}", hint="see what there is with: nnxlaunch list --backend local") from None
+            raise self._not_found() from None
+
+    def _not_found(self) -> NotFound:
+        return NotFound(f"no local job {self.path.name!r}", hint="see what there is with: nnxlaunch list --backend local")
 
 
 def create_folder(path: Path, documents: Mapping[str, Any]) -> None:
     """Make the folder with its first documents, all of it or nothing. Raises FileExistsError when the name is taken."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     draft.mkdir(mode=0o700)
     for name, document in documents.items():
@@ -199,7 +246,22 @@ def _alive(pod: Manifest) -> bool:
     return pod["status"]["phase"] in ("Pending", "Running")
 
 
+def _locked(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def _replace(path: Path, document: Any) -> None:
+    """Write `document` whole; on the disk before its name is, so that a power cut leaves the old one."""
     draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(document))
+    with open(draft, "w") as file:
+        json.dump(document, file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(draft, path)

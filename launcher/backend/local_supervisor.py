@@ -1,6 +1,7 @@
 """The supervisor of one local job: a process of its own, detached, that plays kubelet and controllers.
 
-`python -m launcher.backend.local_supervisor FOLDER DESCRIPTOR`; a byte on the descriptor says that it has begun.
+`python -m launcher.backend.local_supervisor FOLDER DESCRIPTOR CLAIM`; a byte on the descriptor says that it has begun,
+and the claim is an open lock on the job's name, let go of when the supervisor's own lock is held.
 It has one thread and one loop; SIGTERM ends the job.
 """
 
@@ -166,7 +167,7 @@ def _end_with_supervisor() -> None:
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def main(folder: str, descriptor: str) -> None:
+def main(folder: str, descriptor: str, claim: str) -> None:
     if os.fork():  # whoever called does not have to collect us
         os._exit(0)
     ready = int(descriptor)
@@ -174,6 +175,7 @@ def main(folder: str, descriptor: str) -> None:
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     job = JobFolder(Path(folder))
     with job.supervised():
+        os.close(int(claim))
         os.write(ready, b"1")
         os.close(ready)
         try:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from launcher.backend.local import LocalBackend
 from launcher.backend.local_state import STATE_VARIABLE
 from launcher.cli import main
 from launcher.errors import AlreadyExists, NotFound, Unavailable
-from tests.launcher.local_jobs import container_of, document, exists, jobset_of, last, manifests, until
+from tests.launcher.local_jobs import ENOUGH_SECONDS, container_of, document, exists, jobset_of, last, manifests, until
 from trainer import contract
 
 ATTEMPT = "import os, sys; attempt = int(os.environ['NNX_RESTART_ATTEMPT']); "
@@ -164,8 +165,72 @@ def test_a_killed_supervisor_is_reported_and_its_processes_end(backend: LocalBac
     os.kill(supervisor, signal.SIGKILL)
     status = last(backend)
     assert (status.state, status.reason) == (JobState.FAILED, "SupervisorLost")
-    until(lambda: not any(exists(pid) for pid in running), "the processes to end")
+    until(lambda: not any(exists(pid) for pid in running[::2]), "the processes to end with their parent")
     assert [found.state for found in backend.list()] == [JobState.FAILED]
+    assert all(exists(pid) for pid in running[1::2])  # what left its session; looking at a job kills nothing
+    backend.delete("job")
+    until(lambda: not any(exists(pid) for pid in running), "all processes to end")
+
+
+def test_a_job_that_starts_is_never_failed_and_can_be_cancelled(backend: LocalBackend, tmp_path: Path) -> None:
+    rendered = manifests(tmp_path, "import signal; signal.pause()")
+    with ThreadPoolExecutor() as others:
+        submit = others.submit(backend.create, rendered)
+        until(lambda: submit.done() or backend.list(), "the job to be there")
+        seen = [status for status in backend.list() if status.state is not JobState.PENDING]
+        cancel = others.submit(backend.delete, "job")
+        until(lambda: submit.done() and cancel.done(), "both commands to end")
+        assert [status for status in seen if status.state is JobState.FAILED] == []
+        assert submit.result().state in (JobState.PENDING, JobState.RUNNING) and cancel.result() is None
+    assert backend.list() == []
+
+
+def test_an_interrupted_submit_is_completed_by_the_same_one_again(
+    backend: LocalBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered = manifests(tmp_path, "pass")
+    for without_status in (False, True):  # an older version made the folder before its status
+        with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+            killed.setattr(LocalBackend, "_supervise", _killed)
+            backend.create(rendered)
+        if without_status:
+            (tmp_path / "state/default/job/status.json").unlink()
+        assert [status.state for status in backend.list()] == [JobState.FAILED]
+    backend.create(rendered)
+    assert last(backend).state is JobState.COMPLETED
+
+
+def _killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_of_two_replacements_at_once_both_run_one_after_the_other(backend: LocalBackend, tmp_path: Path) -> None:
+    words = ("first", "second")
+    rendered = [manifests(tmp_path, "import signal; signal.pause()", word) for word in words]
+    with ThreadPoolExecutor() as others:
+        submits = [others.submit(backend.create, one, replace=True) for one in rendered]
+        states = [submit.result(ENOUGH_SECONDS).state for submit in submits]
+    assert set(states) <= {JobState.PENDING, JobState.RUNNING}
+    (status,) = backend.list()
+    assert status.state in (JobState.PENDING, JobState.RUNNING) and status.attempt == 0
+    backend.delete("job")
+    assert backend.list() == []
+
+
+def test_a_damaged_record_hides_no_other_job_and_can_be_cancelled(
+    backend: LocalBackend, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backend.create(manifests(tmp_path, "pass"))
+    last(backend)
+    (tmp_path / "state/default/torn").mkdir()
+    (tmp_path / "state/default/torn/status.json").write_text('{"jobset": {"metad')
+    assert [(status.name, status.state, status.reason) for status in backend.list()] == [
+        ("job", JobState.COMPLETED, "AllJobsCompleted"), ("torn", JobState.FAILED, "Damaged"),
+    ]  # fmt: skip
+    for words in (("status", "torn"), ("why", "torn"), ("describe", "torn"), ("events", "torn"), ("logs", "torn"), ("cancel", "torn")):
+        assert command(*words) == 0, words
+    assert "is damaged" in capsys.readouterr().out
+    assert [status.name for status in backend.list()] == ["job"]
 
 
 def test_a_taken_name_is_refused_and_replace_waits_for_the_old_job(backend: LocalBackend, tmp_path: Path) -> None:
