@@ -15,7 +15,7 @@ EXAMPLES = """  nnxlaunch explain job.yaml
   nnxlaunch explain job.yaml --output json
 """
 
-_BYTES = ("memory_per_device", "checkpoint_bytes", "hbm_bytes_per_device")
+_BYTES = ("memory_per_device", "checkpoint_bytes", "hbm_bytes_per_device", "bytes_received_for_a_layer")
 
 Sharding = Annotated[
     bool, typer.Option("--sharding", help="Show where every tensor lies, by which rule, and in how many copies; nothing else.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Final
 
+from launcher.explain.context import context_section
 from launcher.explain.memory import device_memory
 from launcher.explain.outcome import outcomes
 from launcher.explain.pipeline import pipeline_section
@@ -32,13 +33,14 @@ SECURITY: Final = {
 def explain(spec: JobSpec) -> dict[str, Any]:
     """The derived numbers of a checked spec, in sections. Sizes are bytes, times seconds."""
     mesh = spec.train.mesh.shape(slices=spec.layout.slices, devices_per_slice=spec.layout.devices_per_slice)
-    pipeline = pipeline_section(spec.train, mesh)
+    pipeline, context = pipeline_section(spec.train, mesh), context_section(spec.train, mesh)
     return {
         "job": _job(spec),
         "hardware": _hardware(spec),
         "mesh": _mesh(spec, mesh),
         "batch": _batch(spec, mesh),
         **({"pipeline": pipeline} if pipeline else {}),
+        **({"context": context} if context else {}),
         "model": _model(spec),
         "memory_per_device": _memory(spec, mesh),
         "sharding": _sharding(spec, mesh),
@@ -124,7 +126,7 @@ def _model(spec: JobSpec) -> dict[str, Any]:
 
 
 def _memory(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
-    memory = device_memory(spec.train, mesh)
+    memory = device_memory(spec.train, mesh, tpu=spec.layout.tpu is not None)
     found: dict[str, Any] = {
         "parameters": memory.parameters,
         "optimizer": memory.optimizer,

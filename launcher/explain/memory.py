@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainer.config import TrainConfig
+from trainer.config.context import brought_bytes, keys_at_once
 from trainer.config.layouts import batch_shards, length_shards, stored_layout, weight_layouts, working_dtype
 from trainer.config.model import Block, GatedMlp, Model, Segment
 from trainer.config.pipeline import PipelinePlan, plan_pipeline
@@ -40,15 +41,15 @@ class Memory:
         return self.parameters + self.optimizer + self.gradients + self.saved_activations + self.layer_at_work + self.logits + self.pipeline
 
 
-def device_memory(config: TrainConfig, mesh: Mapping[str, int]) -> Memory:
-    """Of a training step on `mesh` (mesh axis -> degree)."""
+def device_memory(config: TrainConfig, mesh: Mapping[str, int], *, tpu: bool = False) -> Memory:
+    """Of a training step on `mesh` (mesh axis -> degree), of TPUs or of other devices."""
     model, tensor = config.model, mesh.get("tensor", 1) * mesh.get("tensor_sequence", 1)
     kept = parameter_bytes(config, mesh)
     replicas = 1 if config.diloco is None else mesh.get("diloco", 1)
     sequences = math.ceil(config.batch.global_batch / (config.batch.accumulation * replicas * batch_shards(mesh, config.sharding)))
     tokens = sequences * config.batch.sequence_length // length_shards(mesh, config.sharding)
     width_bytes = 2 if model.compute_dtype == "bfloat16" else FLOAT32
-    length = config.batch.sequence_length
+    length = keys_at_once(config, mesh, tpu=tpu)
     saved = 0
     working = 0
     plan = plan_pipeline(config, mesh)
@@ -57,23 +58,24 @@ def device_memory(config: TrainConfig, mesh: Mapping[str, int]) -> Memory:
         outside = segment.repeats
         if plan is not None and plan.segment == index:
             outside -= plan.patterns
-            stages = _stages(config, plan, segment, tokens, tensor)
+            stages = _stages(config, plan, segment, tokens, tensor, length)
             saved, working, pipeline = saved + stages.saved, max(working, stages.at_work), stages.held
         if not outside:
             continue
         for block in segment.pattern:
             per_token = _saved_per_token(model, block, length, tensor)
             saved += outside * tokens * per_token * width_bytes
+            brought = brought_bytes(block, config, mesh, sequences=config.batch.global_batch // (config.batch.accumulation * replicas))
             everything = _none(model, block, length, tensor) * tokens * width_bytes
             # Both the recomputed layer and its gradient, and the layer's weights gathered over fsdp.
-            working = max(working, 2 * everything + _layer_weights(model, block) // tensor * width_bytes)
+            working = max(working, 2 * (everything + brought) + _layer_weights(model, block) // tensor * width_bytes)
     return Memory(
         parameters=kept if config.diloco is None else 3 * kept,  # outer ones and their momentum too
         optimizer=optimizer_bytes(config, mesh) if config.optimizer.state_memory == "device" else 0,
         gradients=gradient_bytes(config, mesh),
         saved_activations=saved,
         layer_at_work=working,
-        logits=2 * FLOAT32 * tokens * math.ceil(model.vocab_size / tensor),
+        logits=2 * FLOAT32 * tokens * math.ceil(model.vocab_size / tensor) // config.loss.tiles,
         pipeline=pipeline,
     )
 
@@ -87,10 +89,10 @@ class _Stages:
     held: int
 
 
-def _stages(config: TrainConfig, plan: PipelinePlan, segment: Segment, tokens: int, tensor: int) -> _Stages:
+def _stages(config: TrainConfig, plan: PipelinePlan, segment: Segment, tokens: int, tensor: int, length: int) -> _Stages:
     """A stage keeps its input for every iteration, and of its layers what the remat policy keeps; all of its layers are at work."""
     model, schedule, layers = config.model, plan.schedule, plan.patterns_per_stage
-    length, width_bytes = config.batch.sequence_length, 2 if config.model.compute_dtype == "bfloat16" else FLOAT32
+    width_bytes = 2 if config.model.compute_dtype == "bfloat16" else FLOAT32
     of_microbatch = tokens // schedule.lanes  # tokens of a device outside of the pipeline, where stages split the batch
     inputs = 0 if model.remat == "none" else model.width
     kept = sum(max(0, _saved_per_token(model, block, length, tensor) - inputs) for block in segment.pattern)
@@ -178,7 +180,7 @@ def _products(model: Model, block: Block, tensor: int) -> int:
 
 
 def _scores(block: Block, length: int, tensor: int) -> int:
-    """Attention scores and weighted values: one score for every earlier position and head."""
+    """Attention scores and weighted values: one score for every head and position of those whose scores are held at once."""
     attention = block.attention
     return (attention.heads * (length + attention.value_dim)) // tensor
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import Discriminator, Tag
 
+from trainer.config.attention import KERNEL_BLOCK
 from trainer.config.base import Node, tag_or
 from trainer.config.problem import Problem
 from trainer.config.rules import Rule, resolve
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from trainer.config.model import Block, Dtype
     from trainer.config.sharding import Sharding
     from trainer.config.train import TrainConfig
+
+RING_BLOCK: Final = 512
+"""Largest block of keys, and of queries, that a ring without the kernel takes at once."""
 
 QUERY_AXES: Final = ("batch", "length", "act_heads", None)
 KEY_AXES: Final = ("batch", "length", "act_kv_heads", None)
@@ -130,6 +134,32 @@ def layer_bytes(block: Block, context: Gather | Ring | Ulysses, split: Split, dt
             repeated = keys * repeated_key_heads(n, split.kv_heads)
             moved = (tokens * split.heads * both + repeated) * (n - 1) // n * width
             return {"forward": moved, "backward": moved}
+
+
+def brought_bytes(block: Block, config: TrainConfig, mesh: Mapping[str, int], *, sequences: int) -> int:
+    """Bytes of what attention holds of other devices' tokens at once: keys and values, or heads. 0 where sequences are whole."""
+    split = split_of(block, config.sharding, mesh, sequences=sequences, length=config.batch.sequence_length)
+    if split is None:
+        return 0
+    if isinstance(config.sharding.context, Gather):
+        return layer_bytes(block, config.sharding.context, split, config.model.compute_dtype)["forward"]
+    # The part that has come and the one that is coming; what arrives of an all-to-all is as much as has left.
+    kept = split.kv_heads if isinstance(config.sharding.context, Ring) else split.heads + 2 * split.kv_heads
+    width = 2 if config.model.compute_dtype == "bfloat16" else 4
+    return 2 * split.sequences * split.tokens * kept * block.attention.head_dim * width
+
+
+def keys_at_once(config: TrainConfig, mesh: Mapping[str, int], *, tpu: bool) -> int:
+    """Keys whose scores attention holds in memory for a query at once: none in the splash kernel, one block in a ring without it."""
+    context, length, kernel = config.sharding.context, config.batch.sequence_length, config.model.attention_kernel
+    split = split_of(config.model.blocks[0], config.sharding, mesh, sequences=config.batch.global_batch, length=length)
+    ways = 1 if split is None or isinstance(context, Ulysses) else split.ways
+    chunk = length // (2 * ways if ways > 1 and is_balanced(context) else ways)
+    in_ring = ways > 1 and isinstance(context, Ring)
+    windows = any(block.attention.window is not None for block in config.model.patterns)
+    if (kernel == "splash" or (kernel == "auto" and tpu and chunk % KERNEL_BLOCK == 0)) and not (in_ring and windows):
+        return 0
+    return min(chunk, RING_BLOCK) if in_ring else length
 
 
 def context_fits(config: TrainConfig, mesh: Mapping[str, int]) -> Iterator[Problem]:

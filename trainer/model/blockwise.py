@@ -10,20 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Final
 
 import jax
 import jax.numpy as jnp
 
+from trainer.config.context import RING_BLOCK
 from trainer.model.attend import MASKED, attention_mask
 from trainer.parallel.ring import Found, Gradients, Part, Saved, Visit, merge
-
-LARGEST_BLOCK: Final = 512
 
 
 def block_visit(chunk: int, window: int | None, soft_cap: float | None) -> Visit:
     """chunk: so many tokens lie in order, from every multiple of it."""
-    size = next(size for size in range(min(chunk, LARGEST_BLOCK), 0, -1) if chunk % size == 0)
+    size = next(size for size in range(min(chunk, RING_BLOCK), 0, -1) if chunk % size == 0)
     pair = _Pair(window, soft_cap, jax.config.jax_default_matmul_precision)
     own = partial(_attend, pair, size)
     gradients = partial(_gradients, pair, size)
