@@ -27,7 +27,7 @@ from trainer.feed import Feed
 from trainer.loop import Loop
 from trainer.loss import LossSums
 from trainer.observe import Profiler, Reporter, enable_compile_cache, make_header
-from trainer.parallel.compiler import check_options
+from trainer.parallel.compiler import check_options, compiler_options
 from trainer.parallel.sharding import Layout
 from trainer.silent import SilentTerms
 from trainer.state import StateSpec, describe_state, initial_state, state_from_items, state_items
@@ -53,7 +53,7 @@ def run(config: TrainConfig) -> Exit:
         record_attempt(config.run_directory, world.attempt)
     spec = describe_state(config, layout)
     checkpoints = Checkpoints(config.checkpoint, config.run_directory)
-    header = make_header(config, dict(layout.mesh.shape))
+    header = make_header(config, dict(layout.mesh.shape)) | {"compiler_options": compiler_options(config.compiler, layout.mesh) or {}}
     meta = functools.partial(_meta, config, data, header)
     begin = checkpoints.latest_step()
     if begin is not None:

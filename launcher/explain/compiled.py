@@ -57,6 +57,8 @@ def described(found: Mapping[str, Any]) -> str:
     for region in found["collectives"]:
         lines += _region(region)
     lines += _bounds(found["bounds"])
+    if found["options"]:
+        lines += ["compiler options", *(f"  {name}={_value(value)}" for name, value in found["options"].items())]
     lines.append(f"compiled in {found['seconds']['compile']:.0f} s, after {found['seconds']['lower']:.1f} s of tracing")
     if "saved" in found:
         lines.append(f"saved {found['saved']['path']}, {found['saved']['bytes']:,} bytes")
@@ -113,6 +115,10 @@ def _bounds(bounds: Mapping[str, Any]) -> list[str]:
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _value(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _gigabytes(size: int) -> str:

@@ -17,6 +17,7 @@ from trainer.config.mesh import used
 from trainer.config.target import Target
 from trainer.config.train import TrainConfig
 from trainer.config.weights import weights
+from trainer.parallel.compiler import compiler_options
 from trainer.parallel.sharding import Layout
 
 
@@ -30,6 +31,7 @@ def report(config: TrainConfig, target: Target, compiled: Compiled) -> dict[str,
         "fits": memory["fits"],
         "memory_per_device": memory,
         "collectives": [_region(region, spots, target) for region in found],
+        "options": compiler_options(config.compiler, compiled.layout.mesh) or {},
         "bounds": bounds(config, target, compiled.layout, found, spots),
         "seconds": {"lower": round(compiled.lower_seconds, 2), "compile": round(compiled.compile_seconds, 2)},
         "program": program_hash(compiled.lowered),

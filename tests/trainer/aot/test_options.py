@@ -1,0 +1,43 @@
+"""Default compiler options: those of the device kind, under the config's own; each says why it is there."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import yaml
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from tests.trainer.configs import config, layout
+from trainer.parallel import compiler
+from trainer.parallel.compiler import compiler_options
+
+OFFLOADED = "xla_tpu_enable_sparse_core_collective_offload_all_gather"
+
+
+@pytest.fixture(scope="module")
+def v5p() -> Mesh:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TPU_SKIP_MDS_QUERY", "1")
+        environment.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
+    return Mesh(np.array(devices), ("fsdp",))
+
+
+def test_the_options_of_a_kind_hold_until_the_config_says_otherwise(v5p: Mesh) -> None:
+    found = compiler_options(config().compiler, v5p)
+    assert found is not None and found[OFFLOADED] is True
+    changed = config(f"compiler.options.{OFFLOADED}=null", "compiler.options.xla_tpu_scoped_vmem_limit_kib=1024").compiler
+    assert compiler_options(changed, v5p) == {**{name: value for name, value in found.items() if name != OFFLOADED},
+                                              "xla_tpu_scoped_vmem_limit_kib": 1024}  # fmt: skip
+    assert compiler_options(config("compiler.default_options=false").compiler, v5p) is None
+
+
+def test_devices_without_options_of_their_own_have_none() -> None:
+    assert compiler_options(config().compiler, layout(config()).mesh) is None
+
+
+def test_every_default_has_a_value_and_a_reason() -> None:
+    table = yaml.safe_load((compiler.resources.files("trainer.parallel") / "compiler_options.yaml").read_text(encoding="utf-8"))
+    entries = [entry for options in table.values() for entry in options.values()]
+    assert all(entry.keys() == {"value", "reason"} and entry["reason"] for entry in entries)
