@@ -11,6 +11,7 @@ import yaml
 from jax.sharding import Mesh
 
 from trainer.config.compiler import Compiler
+from trainer.config.mesh import used
 from trainer.config.problem import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -20,9 +21,13 @@ Options = dict[str, Any]
 
 
 def compiler_options(config: Compiler, mesh: Mesh) -> Options | None:
-    """Options by name for the devices of `mesh`; None where there are none."""
+    """Options by name for the devices of `mesh`; None where there are none.
+
+    Defaults are those of the device kind, where `fsdp` alone splits anything: the compiler refuses some options for some programs, and
+    they were tried on such steps.
+    """
     found: Options = {}
-    if config.default_options:
+    if config.default_options and used(dict(mesh.shape)).keys() == {"fsdp"}:
         found = {name: entry["value"] for name, entry in _defaults().get(mesh.devices.flat[0].device_kind, {}).items()}
     found |= config.options
     return {name: value for name, value in found.items() if value is not None} or None

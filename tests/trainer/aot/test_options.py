@@ -33,6 +33,11 @@ def test_the_options_of_a_kind_hold_until_the_config_says_otherwise(v5p: Mesh) -
     assert compiler_options(config("compiler.default_options=false").compiler, v5p) is None
 
 
+def test_steps_of_a_kind_that_was_not_tried_have_none(v5p: Mesh) -> None:
+    between = Mesh(v5p.devices.reshape(2, 2), ("data", "fsdp"))
+    assert compiler_options(config().compiler, between) is None
+
+
 def test_devices_without_options_of_their_own_have_none() -> None:
     assert compiler_options(config().compiler, layout(config()).mesh) is None
 
