@@ -39,7 +39,9 @@ installed() { [ -x .venv/bin/python ] && [ -f ".venv/stamp-$1" ] && [ "$(cat ".v
 if installed "$1" || { [ "$1" = train ] && installed dev; }; then
     exit 0
 fi
-if ! { [ -x .venv/bin/python ] && usable .venv/bin/python; }; then
+# A `python -m venv` that was interrupted leaves an interpreter without pip.
+installs() { command -v uv >/dev/null 2>&1 || "$1" -c 'import pip' >/dev/null 2>&1; }
+if ! { [ -x .venv/bin/python ] && usable .venv/bin/python && installs .venv/bin/python; }; then
     python=$(find_python)
     echo "setting up .venv with $python" >&2
     rm -rf .venv

@@ -24,6 +24,10 @@ STEPS_BEFORE_THE_KILL = 30
 def main() -> int:
     os.environ["NNXLAUNCH_BACKEND"] = "local"
     started = time.monotonic()
+    if elsewhere := run_of_another_clone():
+        print(f"error: a job {NAME} of this machine runs in {elsewhere}", file=sys.stderr)
+        print(f"hint: let it end, or stop it: nnxlaunch cancel {NAME} --backend local", file=sys.stderr)
+        return 1
     say("0. A fresh start: an earlier quickstart and its run directory are removed.")
     nnxlaunch("cancel", NAME, check=False)
     shutil.rmtree(RUN, ignore_errors=True)
@@ -41,6 +45,16 @@ def main() -> int:
         return 130
     nnxlaunch("status", NAME, check=False)
     return finished.returncode or summary(records(), time.monotonic() - started)
+
+
+def run_of_another_clone() -> str:
+    """The run directory of an unfinished job of the same name that was started elsewhere: jobs are a user's, not a clone's."""
+    words = [sys.executable, "-m", "launcher", "list", "--output", "json"]
+    for job in json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout):
+        directory = job["annotations"].get("nnxlaunch/run-directory", "")
+        if job["name"] == NAME and job["state"] not in ("completed", "failed") and directory != str(RUN.absolute()):
+            return directory
+    return ""
 
 
 def kill_one_process() -> None:

@@ -86,7 +86,7 @@ class JobFailed(NnxlaunchError):
 def report(error: Exception) -> int:
     """Print `error` on stderr as `error:` then `hint:` lines, once for each problem it carries; return the exit code.
 
-    Raises `error` again when it is not one of ours: a defect deserves its traceback.
+    Raises `error` again when it is neither ours nor the machine's (OSError): a defect deserves its traceback.
     """
     problems: Sequence[Problem] | None = getattr(error, "problems", None)
     if problems is not None and (isinstance(error, SpecError) or type(error).__name__ == "ConfigError"):
@@ -96,6 +96,12 @@ def report(error: Exception) -> int:
     if isinstance(error, NnxlaunchError):
         _print(str(error), error.hint)
         return error.exit_code
+    if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+        return NnxlaunchError.exit_code
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error) or type(error).__name__
+        _print(f"{error.filename}: {reason}" if error.filename else reason, "")
+        return NnxlaunchError.exit_code
     raise error
 
 

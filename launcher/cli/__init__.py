@@ -62,10 +62,25 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     gc.set_threshold(100_000)  # imports make many objects and no garbage: a tenth of a short command went into looking for it
     words = [*(sys.argv[1:] if arguments is None else arguments)]  # `list` is a command of this package
     try:
-        app(_chosen(words))(args=words, prog_name="nnxlaunch")
+        try:
+            app(_chosen(words))(args=words, prog_name="nnxlaunch")
+        finally:
+            print(end="", flush=True)  # what cannot be written is an error here, and a traceback at the interpreter's end
     except (NnxlaunchError, ValueError) as error:
         sys.exit(report(error))
+    except OSError as error:  # a full disk, a folder that is a file: of the machine, not of this program
+        code = report(error)
+        _drop_output()
+        sys.exit(code)
     raise AssertionError("a Typer app always exits")
+
+
+def _drop_output() -> None:
+    """Forget output that cannot be written, so that the interpreter does not try again."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def app(chosen: str | None = None) -> typer.Typer:

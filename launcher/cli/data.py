@@ -10,7 +10,7 @@ from launcher.cli.options import Overrides, SpecFile
 
 command = typer.Typer(no_args_is_help=True, help="Prepare the tokenised, packed data cache.")
 
-EXAMPLES = """
+EXAMPLES = """\
   nnxlaunch data prepare job.yaml                     before the first submit, so that no accelerator waits for it
   nnxlaunch data prepare job.yaml --processes 8       with eight processes of this machine
 """
@@ -37,7 +37,6 @@ def prepare(
     import importlib.util
     import subprocess
     import sys
-    import tempfile
 
     from launcher.errors import Unavailable
     from launcher.spec import from_yaml
@@ -45,8 +44,6 @@ def prepare(
     train = from_yaml(spec, overrides).train
     if importlib.util.find_spec("numpy") is None:
         raise Unavailable("the trainer's packages are not installed here", hint="in the clone: ./setup.sh train")
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        file.write(train.model_dump_json())
-        file.flush()
-        arguments = ["prepare", "--config", file.name, "--processes", str(processes)]
-        raise typer.Exit(subprocess.run([sys.executable, "-m", "trainer.data", *arguments], check=False).returncode)
+    arguments = ["prepare", "--config", "/dev/stdin", "--processes", str(processes)]  # no file that a kill would leave behind
+    program = [sys.executable, "-m", "trainer.data", *arguments]
+    raise typer.Exit(subprocess.run(program, input=train.model_dump_json(), text=True, check=False).returncode)

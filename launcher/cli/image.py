@@ -11,7 +11,7 @@ from launcher.cli.options import Overrides
 
 command = typer.Typer(no_args_is_help=True, help="Build or push the trainer image.")
 
-EXAMPLES = """
+EXAMPLES = """\
   nnxlaunch image build --target cpu                  nnxlaunch-trainer:cpu, for this machine
   nnxlaunch image build job.yaml                      for the spec's accelerator, under the name in the spec
   nnxlaunch image push job.yaml                       push it, and pin its digest in the spec

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
+from keyword import iskeyword
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,24 @@ def test_every_command_has_help_with_examples(name: str, capsys: pytest.CaptureF
     assert run(name, "--help") == 0
     out = capsys.readouterr().out
     assert "Usage: nnxlaunch" in out and f"nnxlaunch {name}" in out.split("Usage:", 1)[1].split("\n", 1)[1]
+    examples = import_module(f"launcher.cli.{name}{'_' * iskeyword(name)}").EXAMPLES.splitlines()
+    assert {line.strip() for line in examples} <= {line.strip() for line in out.splitlines()}  # each on a line of its own
+
+
+def test_what_the_machine_refuses_is_an_error_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "launcher", "init"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NNXLAUNCH_STATE", str(tmp_path / "file"))
+    assert run("submit", QUICKSTART, "--backend", "local") == Unavailable.exit_code
+    assert "cannot be written: Not a directory\nhint: set NNXLAUNCH_STATE" in capsys.readouterr().err
+    (tmp_path / "default").mkdir()
+    monkeypatch.setenv("NNXLAUNCH_STATE", str(tmp_path))
+    assert run("status", "a" * 300, "--backend", "local") == 1
+    assert capsys.readouterr().err.endswith(": File name too long\n")
 
 
 def test_no_arguments_shows_help_and_a_misspelt_command_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:

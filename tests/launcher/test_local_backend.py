@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import runpy
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -242,6 +243,19 @@ def test_a_taken_name_is_refused_and_replace_waits_for_the_old_job(backend: Loca
     backend.create(manifests(tmp_path, "pass"), replace=True)
     assert not any(exists(pid) for pid in old)
     assert last(backend).state is JobState.COMPLETED
+
+
+def test_the_quickstart_touches_no_job_of_another_clone(
+    backend: LocalBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backend.create(manifests(tmp_path, "import signal; signal.pause()", name="quickstart"))
+    clone = Path(__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", str(clone))
+    (tmp_path / "clone").mkdir()
+    monkeypatch.chdir(tmp_path / "clone")
+    assert runpy.run_path(str(clone / "docs/quickstart.py"))["main"]() == 1
+    assert f"runs in {tmp_path / 'quickstart'}\nhint: " in capsys.readouterr().err
+    assert not backend.get("quickstart").state.finished
 
 
 def test_a_finished_job_is_forgotten_after_its_time(backend: LocalBackend, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 import os
 import re
 import tempfile
@@ -162,6 +163,8 @@ def bucket_client() -> Any:
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
 
+    if "GCSFS_DEBUG" not in os.environ:  # it logs a traceback of every error that it also raises
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     return fsspec.filesystem("gcs", use_listings_cache=False)
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 
 import fsspec
 import pytest
 import tensorstore as ts
 from etils import epath
+from gcsfs.retry import HttpError, retry_request
 from google.api_core.exceptions import PreconditionFailed
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 
 from tests.gcs_emulator import Gcs
+from trainer.data.storage import bucket_client
 
 
 @pytest.fixture
@@ -37,6 +40,18 @@ def test_of_many_writers_that_must_not_find_the_object_exactly_one_wins(gcs: Gcs
         thread.join()
     assert len(outcomes) == 1
     assert (epath.Path(gcs.url) / "race" / "marker").read_text() == outcomes[0]
+
+
+def test_an_error_that_the_client_raises_is_not_logged_as_a_traceback_too(gcs: Gcs, caplog: pytest.LogCaptureFixture) -> None:
+    bucket_client()
+
+    @retry_request
+    async def refused() -> None:
+        raise HttpError({"code": 400, "message": f"nothing in {gcs.bucket} for you"})
+
+    with pytest.raises(HttpError):
+        asyncio.run(refused())
+    assert caplog.text == ""
 
 
 def test_gcsfs_writes_reads_lists_renames_and_deletes(gcs: Gcs) -> None:

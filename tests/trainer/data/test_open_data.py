@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from launcher.cli import main
 from tests.gcs_emulator import Gcs
 from tests.trainer.data.conftest import Configure
 from trainer.config import ConfigError
@@ -126,7 +128,9 @@ def test_the_prepare_command_ends_with_64_and_one_sentence_for_bad_data(configur
     assert done.stderr == "error: no file matches absent/*.txt\nhint: check the path and the glob; ** crosses folders\n"
 
 
-def test_the_launcher_prepares_the_data_of_a_job_spec_in_the_directory_its_run_will_use(tmp_path: Path) -> None:
+def test_the_launcher_prepares_the_data_of_a_job_spec_in_the_directory_its_run_will_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     spec = {
         "name": "prepared",
         "cpu": {"hosts": 2},
@@ -140,9 +144,12 @@ def test_the_launcher_prepares_the_data_of_a_job_spec_in_the_directory_its_run_w
         },
     }
     (tmp_path / "job.yaml").write_text(json.dumps(spec))
-    done = run("launcher", "data", "prepare", str(tmp_path / "job.yaml"), "--set", "train.batch.sequence_length=32")
-    assert done.returncode == 0, done.stderr
-    (source,) = json.loads(done.stdout)["sources"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))  # the launcher needs no file that a kill would leave there
+        main(["data", "prepare", str(tmp_path / "job.yaml"), "--set", "train.batch.sequence_length=32"])
+    printed = capfd.readouterr()
+    assert ended.value.code == 0, printed.err
+    (source,) = json.loads(printed.out)["sources"]
     assert Path(source["folder"]).parent == tmp_path / "runs" / "data"
     refused = run("launcher", "data", "prepare", str(tmp_path / "job.yaml"), "--set", "train.model.vocab_size=100")
     assert refused.returncode == 64 and "the tokenizer has 258 tokens" in refused.stderr
