@@ -9,5 +9,7 @@ MANAGED_BY: Final = "nnxlaunch"
 XPK_LABEL: Final = "xpk.google.com/workload"
 """What XPK and the dashboards made for it select jobs by."""
 
+DEFAULT_CONTAINER_ANNOTATION: Final = "kubectl.kubernetes.io/default-container"
+
 ACCELERATOR_LABEL: Final = "cloud.google.com/gke-tpu-accelerator"
 TOPOLOGY_LABEL: Final = "cloud.google.com/gke-tpu-topology"

@@ -17,7 +17,6 @@ from launcher.backend.kubernetes_errors import TemporarilyUnavailable
 from launcher.backend.selection import Selection
 from launcher.backend.status import JOBSET_NAME_LABEL, LogLine, Manifest, PodStatus, job_status, pod_status
 from launcher.errors import NotFound, Unavailable
-from trainer.contract import CONTAINER_NAME
 
 LOOK_SECONDS: Final = 5.0
 PATIENCE_SECONDS: Final = 300.0
@@ -132,7 +131,7 @@ class _Following:
                 ended = pod_status(self.api.get(POD, self.namespace, pod.name)).finished_at is not None
                 since = last.decode() or self.selection.since
                 again = told  # a resumed stream begins with the whole second that it stopped in
-                for raw in self.api.log(self.namespace, pod.name, container=CONTAINER_NAME, follow=True, since=since):
+                for raw in self.api.log(self.namespace, pod.name, container=pod.container, follow=True, since=since):
                     stamp, _, text = raw.partition(b" ")
                     if stamp < last or not _is_time(stamp):
                         continue
@@ -173,7 +172,7 @@ def since_time(seconds: float) -> str:
 
 def _lines(api: Api, namespace: str, pod: PodStatus, selection: Selection) -> Iterator[_Stamped]:
     with suppress(NotFound):  # deleted meanwhile
-        for raw in api.log(namespace, pod.name, container=CONTAINER_NAME, follow=False, since=selection.since):
+        for raw in api.log(namespace, pod.name, container=pod.container, follow=False, since=selection.since):
             stamp, _, text = raw.partition(b" ")
             if _is_time(stamp):
                 yield stamp, _line(pod, text)

@@ -14,7 +14,6 @@ from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Manifest, Po
 from launcher.backend.values import items, mapping
 from launcher.errors import NotFound, Unavailable
 from launcher.labels import ACCELERATOR_LABEL
-from trainer.contract import CONTAINER_NAME
 
 REQUESTS: Final = 5
 LOG_LINES: Final = 2000
@@ -128,7 +127,7 @@ class SceneReader:
         """Empty as well where the node that has it does not answer: a log is not worth failing for."""
         try:
             lines = self._ask(
-                "pods/log", lambda: list(self._api.log(self._namespace, pod.name, container=CONTAINER_NAME, follow=False, tail=LOG_LINES))
+                "pods/log", lambda: list(self._api.log(self._namespace, pod.name, container=pod.container, follow=False, tail=LOG_LINES))
             )
         except (NotFound, Unavailable):
             return ()

@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Any, Final, cast
 
 from launcher.backend.values import items, mapping
+from launcher.labels import DEFAULT_CONTAINER_ANNOTATION
 from trainer.contract import CONTAINER_NAME, MEANING
 
 Manifest = dict[str, Any]
@@ -59,6 +60,7 @@ class PodStatus:
     message: str  # why it waits or how it ended, in the cluster's or the trainer's words
     started_at: datetime | None
     finished_at: datetime | None
+    container: str = CONTAINER_NAME  # whose state and log are meant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +162,8 @@ def job_status(jobset: Manifest, pods: Iterable[Manifest], jobs: Iterable[Manife
 def pod_status(pod: Manifest) -> PodStatus:
     metadata, status = pod["metadata"], pod.get("status", {})
     labels = metadata.get("labels", {})
-    containers = items(status.get("containerStatuses"))
-    container = next((c for c in containers if c.get("name") == CONTAINER_NAME), mapping(containers[0] if containers else None))
+    name = main_container(pod)
+    container = next((c for c in items(status.get("containerStatuses")) if c.get("name") == name), mapping(None))
     state = mapping(container.get("state"))
     ended, waiting, running = mapping(state.get("terminated")), mapping(state.get("waiting")), mapping(state.get("running"))
     message = ended.get("message") or waiting.get("message") or waiting.get("reason") or status.get("message") or ended.get("reason") or ""
@@ -181,7 +183,15 @@ def pod_status(pod: Manifest) -> PodStatus:
         message=message.strip(),
         started_at=timestamp(running.get("startedAt") or ended.get("startedAt")),
         finished_at=timestamp(ended.get("finishedAt")),
+        container=name,
     )
+
+
+def main_container(pod: Manifest) -> str:
+    """The trainer's; of a pod that another tool has made, the one that it calls the default, else its first."""
+    names = [str(container.get("name")) for container in items(mapping(pod.get("spec")).get("containers"))]
+    default = mapping(pod["metadata"].get("annotations")).get(DEFAULT_CONTAINER_ANNOTATION)
+    return next((name for name in (CONTAINER_NAME, default, *names) if name in names), CONTAINER_NAME)
 
 
 def as_data(value: JobStatus | Event) -> dict[str, Any]:

@@ -18,7 +18,6 @@ JOBSET_NAME_LABEL: Final = "jobset.sigs.k8s.io/jobset-name"
 JOB_INDEX_LABEL: Final = "jobset.sigs.k8s.io/job-index"
 RESTART_ATTEMPT_LABEL: Final = "jobset.sigs.k8s.io/restart-attempt"
 EXCLUSIVE_ANNOTATION: Final = "alpha.jobset.sigs.k8s.io/exclusive-topology"
-DEFAULT_CONTAINER_ANNOTATION: Final = "kubectl.kubernetes.io/default-container"
 GCSFUSE_ANNOTATION: Final = "gke-gcsfuse/volumes"
 
 QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"

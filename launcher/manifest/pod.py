@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from launcher.labels import ACCELERATOR_LABEL, TOPOLOGY_LABEL
+from launcher.labels import ACCELERATOR_LABEL, DEFAULT_CONTAINER_ANNOTATION, TOPOLOGY_LABEL
 from launcher.manifest import names
 from launcher.manifest.container import container, pod_security_context
 from launcher.manifest.volumes import volumes
@@ -49,7 +49,7 @@ def pod(spec: JobSpec) -> Manifest:
 
 
 def pod_annotations(spec: JobSpec) -> dict[str, str]:
-    found = {**spec.annotations, names.DEFAULT_CONTAINER_ANNOTATION: "trainer"}
+    found = {**spec.annotations, DEFAULT_CONTAINER_ANNOTATION: "trainer"}
     if any(isinstance(volume, GcsFuse) for volume in spec.volumes):
         found[names.GCSFUSE_ANNOTATION] = "true"
     return {**found, **_topology_request(spec)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.doctor.permissions import QUEUE_USER, SUBMITTER, Right
+from launcher.doctor.permissions import QUEUE_USER, SUBMITTER, VIEWER, Right
 from tests.cluster.test_access import ROLE, Login, login
 from tests.cluster.tools import document, kubectl, nnxlaunch
 from tests.gcs_emulator import Gcs
@@ -54,19 +55,39 @@ def test_the_role_is_all_a_submitter_needs_and_all_it_grants(namespace: str, log
     kubectl("-n", namespace, "create", "rolebinding", "examined", "--role=nnxlaunch", f"--serviceaccount={namespace}:examined")
     code, found = doctor("--kubeconfig", kubeconfig)
     assert code == 0 and levels(found, "rights") == {"pass", "warn"}, found
+    assert granted(namespace, "--kubeconfig", kubeconfig) == {*SUBMITTER, *QUEUE_USER}
+
+
+def granted(namespace: str, *user: str) -> set[Right]:
+    """What a user may do in a namespace, beside what everybody may."""
     review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectRulesReview", "spec": {"namespace": namespace}}
-    answer = json.loads(
-        kubectl("--kubeconfig", kubeconfig, "create", "--validate=false", "-o", "json", "-f", "-", stdin=json.dumps(review))
-    )
-    granted = {
+    answer = json.loads(kubectl(*user, "create", "--validate=false", "-o", "json", "-f", "-", stdin=json.dumps(review)))
+    return {
         Right(group, resource, verb)
         for rule in answer["status"]["resourceRules"]
         for group in rule["apiGroups"]
         for resource in rule["resources"]
         for verb in rule["verbs"]
-        if not resource.startswith("selfsubject")  # what everybody may
+        if not resource.startswith("selfsubject")
     }
-    assert granted == {*SUBMITTER, *QUEUE_USER}
+
+
+def test_the_kustomization_gives_a_group_the_two_roles_in_any_namespace(tmp_path: Path) -> None:
+    shutil.copytree(ROLE.parent, tmp_path / "base")
+    overlay = tmp_path / "overlay"
+    overlay.mkdir()
+    name = f"nnx-{uuid.uuid4().hex[:8]}"
+    overlay.joinpath("kustomization.yaml").write_text(yaml.safe_dump({"namespace": name, "resources": ["../base"]}))
+    kubectl("apply", "-k", str(overlay))
+    try:
+        level = kubectl("get", "namespace", name, "-o", "jsonpath={.metadata.labels.pod-security\\.kubernetes\\.io/enforce}")
+        assert level == "restricted"
+        member = ("--as=alice@example.com", "--as-group=nnxlaunch-submitters", "--as-group=system:authenticated")
+        assert granted(name, *member) == {*SUBMITTER, *QUEUE_USER, *VIEWER}
+        assert granted("default", *member) == {*VIEWER}
+        assert granted(name, "--as=bob@example.com", "--as-group=system:authenticated") == set()
+    finally:
+        kubectl("delete", "-k", str(overlay), "--wait=false")
 
 
 @pytest.fixture

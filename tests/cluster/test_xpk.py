@@ -70,8 +70,14 @@ def test_a_job_runs_in_the_queue_of_xpk_and_each_tool_lists_the_jobs_of_the_othe
     theirs = job[-1]
     theirs["metadata"] = {"name": "xpk-made", "labels": {"xpk.google.com/workload": "xpk-made"}}
     theirs["spec"]["replicatedJobs"][0]["name"] = "slice-job"
-    theirs["spec"] = {"suspend": True, "replicatedJobs": theirs["spec"]["replicatedJobs"]}
+    made = theirs["spec"]["replicatedJobs"][0]["template"]["spec"]
+    del made["podFailurePolicy"]  # which names our container
+    made["template"]["spec"]["containers"][0]["name"] = "jax-tpu"
+    theirs["spec"] = {"replicatedJobs": theirs["spec"]["replicatedJobs"]}
     kubectl("-n", "default", "create", "-f", "-", stdin=json.dumps(theirs))
     assert {"beside-xpk", "xpk-made"} <= {one.name for one in xpk.list()}
+    *_, status = xpk.watch("xpk-made", timeout_seconds=90)
+    assert status.state is JobState.COMPLETED
+    assert nnxlaunch("logs", "xpk-made", "-n", "default").stdout.splitlines() == ["[s0/w0 a0] hello", "[s0/w1 a0] hello"]
     done = nnxlaunch("delete", "xpk-made", "beside-xpk", "-n", "default")
     assert done.stdout.splitlines() == ["xpk-made: deleted", "beside-xpk: deleted"], done.stderr
