@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ class Loop:
 
     config: TrainConfig
     train_step: TrainStep
-    evaluate: Callable[[nnx.State], LossSums] | None
+    evaluate: Callable[[nnx.State, Callable[[], bool]], LossSums | None] | None
+    """Asks its second argument once a batch, and gives up (None) when told to."""
     checkpoints: Checkpoints
     meta: Callable[[int], Mapping[str, Any]]
     """What the checkpoint of a number of finished steps says of itself."""
@@ -33,7 +35,7 @@ class Loop:
     silent_terms: SilentTerms
     profiler: Profiler
     preemption_requested: Callable[[int], bool]
-    """Agreed on all processes; asked once a step."""
+    """Agreed on all processes; asked once a step, and once a batch of an evaluation."""
 
     def run(self, state: nnx.State, batches: Iterable[tuple[int, Batch]]) -> nnx.State:
         """Train to the last step and commit it. `batches` yields (n, batch n) from the resume position on.
@@ -54,16 +56,19 @@ class Loop:
             self.profiler.after(n, metrics)
             done = n + 1
             last = done >= self.config.steps
-            if self.evaluate and self.config.eval and (last or done % self.config.eval.every_steps == 0):
-                evaluation = done, self.evaluate(state)
             self.checkpoints.check()
             self._announce()
             leaving = self.preemption_requested(done) and not last
-            if last or leaving or done % self.config.checkpoint.every_steps == 0:
+            saved = last or leaving or done % self.config.checkpoint.every_steps == 0
+            if saved:
                 self._save(done, state)
+            if self.evaluate and self.config.eval and not leaving and (last or done % self.config.eval.every_steps == 0):
+                sums = self.evaluate(state, functools.partial(self.preemption_requested, done))
+                evaluation = (done, sums) if sums else None
+                leaving = sums is None
             if leaving:
-                if evaluation:
-                    self.reporter.eval(*evaluation)
+                if not saved:
+                    self._save(done, state)
                 self.checkpoints.wait()
                 self._announce()
                 raise Preempted(f"asked to leave; checkpoint {done} is committed")

@@ -55,9 +55,9 @@ def run(config: TrainConfig) -> Exit:
     checkpoints = Checkpoints(config.checkpoint, config.run_directory)
     header = make_header(config, dict(layout.mesh.shape)) | {"compiler_options": compiler_options(config.compiler, layout.mesh) or {}}
     meta = functools.partial(_meta, config, data, header)
-    begin = checkpoints.latest_step()
+    begin, accepted = checkpoints.latest_step(), []
     if begin is not None:
-        _require_same_run(config, checkpoints.meta(begin), meta(begin))
+        accepted = _require_same_run(config, checkpoints.meta(begin), meta(begin))
         _require_steps_ahead(config, begin)
     reporter = Reporter(config, config.run_directory, header, primary=world.process_index == 0)
     profiler = Profiler(config.profiler, config.run_directory, world.process_index)
@@ -66,7 +66,7 @@ def run(config: TrainConfig) -> Exit:
             reporter.event("already complete", step=begin, directory=config.run_directory)
             return Exit.DONE
         if begin is not None:
-            reporter.event("resumed", step=begin, directory=config.run_directory)
+            reporter.event("resumed", step=begin, directory=config.run_directory, **({"accepted": "; ".join(accepted)} if accepted else {}))
         loop = Loop(
             config=config,
             train_step=_train_step(config, spec, layout, reporter),
@@ -114,17 +114,19 @@ def _batches(config: TrainConfig, data: Data, layout: Layout, begin: int) -> Ite
     return ((n, feed(batch)) for n, batch in loader)
 
 
-def _evaluation(config: TrainConfig, data: Data, layout: Layout, eval_step: EvalStep) -> Callable[[nnx.State], LossSums]:
-    """Loss sums over the whole evaluation set; every process makes the same number of steps."""
+def _evaluation(config: TrainConfig, data: Data, layout: Layout, eval_step: EvalStep) -> Callable[[nnx.State, Callable[[], bool]], LossSums | None]:
+    """Loss sums over the whole evaluation set, None when told to leave; every process makes the same number of steps."""
     split = data.eval
     assert split is not None and config.eval is not None
     feed = Feed(layout.of_batch(config), split.global_batch, config.batch.sequence_length)
     # Compiled, because placing a host value on the devices of other processes compares it on all of them first.
     zero = jax.jit(functools.partial(LossSums.zero, eval_terms(config)), out_shardings=layout.replicated)
 
-    def evaluate(state: nnx.State) -> LossSums:
+    def evaluate(state: nnx.State, leave: Callable[[], bool]) -> LossSums | None:
         sums = zero()
         for _, batch in BatchLoader(split, local_rows=feed.local_rows, prefetch_batches=config.data.prefetch_batches):
+            if leave():
+                return None
             sums = eval_step(state, sums, feed(batch))
         return sums
 
@@ -170,9 +172,10 @@ def _meta(config: TrainConfig, data: Data, header: Mapping[str, Any], done: int)
     }
 
 
-def _require_same_run(config: TrainConfig, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+def _require_same_run(config: TrainConfig, saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """The differences that the config accepts. Raises ResumeMismatch."""
     try:
-        compare_meta(saved, present, config.checkpoint.allow_mismatch)
+        return compare_meta(saved, present, config.checkpoint.allow_mismatch)
     except ResumeMismatch as mismatch:
         details = "".join(f"\n  {difference.message}" for difference in differences(saved["data"], present["data"]))
         raise ResumeMismatch(f"{mismatch}{details}", hint=mismatch.hint) from None

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final, Literal, cast
-
-from pydantic import ValidationError
+from typing import Any, Final, Literal
 
 from launcher.checks import accelerator, names, paths, pod
+from launcher.checks.further import further_problems, on_any_accelerator
 from launcher.checks.server import check_jobset
 from launcher.errors import SpecError
 from launcher.manifest import render
 from launcher.spec import JobSpec, Layout
 from launcher.spec.load import read
 from trainer.config import ConfigError, Problem, validate
-from trainer.config.load import problems_of
 
 __all__ = ["check", "check_jobset", "load", "problems_in", "problems_of_document"]
 
@@ -67,7 +66,7 @@ def check(spec: JobSpec, *, target: Target | None = None) -> list[Problem]:
     """Every problem of a spec. Without a target, a TPU job is taken to go to a cluster, and a CPU job to stay here."""
     problems = [problem for rule in SPEC_RULES for problem in rule(spec)]
     if any(problem.code.startswith("tpu-") for problem in problems):
-        return problems
+        return problems + on_any_accelerator(spec, lambda other: accelerator.train_config_fits(other, other.layout))
     layout = spec.layout
     rules = LAYOUT_RULES
     if (target or ("kubernetes" if layout.target == "tpu" else "local")) == "kubernetes":
@@ -90,7 +89,7 @@ def problems_of_document(document: dict[str, Any], *, target: Target | None = No
     try:
         spec = validate(JobSpec, document, hidden=("env",))
     except ConfigError as error:
-        return None, error.problems + _further_problems(document, target)
+        return None, error.problems + further_problems(document, functools.partial(check, target=target))
     return spec, check(spec, target=target)
 
 
@@ -100,40 +99,3 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, target: Target | No
     if spec is None or problems:
         raise SpecError(problems)
     return spec
-
-
-def _further_problems(document: dict[str, Any], target: Target | None) -> list[Problem]:
-    """Cross-field problems of what is left of a document without the parts whose form is wrong."""
-    removed: set[str] = set()
-    for _ in range(3):
-        try:
-            spec = JobSpec.model_validate(document)
-        except ValidationError as error:
-            places = {problem.path for problem in problems_of(JobSpec, error)}
-            document, removed = _without(document, places), removed | places
-        else:
-            touched = {_section(place) for place in removed}
-            return [problem for problem in check(spec, target=target) if _section(problem.path) not in touched]
-    return []
-
-
-def _section(path: str) -> tuple[str, ...]:
-    """The part of a spec a path lies in: `tpu`, `train.mesh`."""
-    parts = path.split(".")
-    return tuple(parts[:2] if parts[0] == "train" else parts[:1])
-
-
-def _without(document: Any, places: set[str], here: str = "") -> Any:
-    """`document` without the parts at the dotted `places`, and without plain text that stands for a node with such a part."""
-
-    def kept(place: str, value: Any) -> bool:
-        inside = not isinstance(value, dict | list) and any(other.startswith(f"{place}.") for other in places)
-        return place not in places and not inside
-
-    if isinstance(document, dict):
-        entries = [(key, f"{here}{key}", value) for key, value in cast("dict[str, Any]", document).items()]
-        return {key: _without(value, places, f"{place}.") for key, place, value in entries if kept(place, value)}
-    if isinstance(document, list):
-        listed = [(f"{here}{index}", value) for index, value in enumerate(cast("list[Any]", document))]
-        return [_without(value, places, f"{place}.") for place, value in listed if kept(place, value)]
-    return document

@@ -52,7 +52,7 @@ def command(
 
     Lines of the hosts are in the order of their times. Colour only on a terminal.
     """
-    from launcher.cli.backends import connect, job
+    from launcher.cli.backends import connect, flags, job
 
     if previous and (follow or since is not None):
         raise typer.BadParameter("--previous goes with neither --follow nor --since: an attempt that has ended is read whole")
@@ -66,19 +66,19 @@ def command(
         slice_index = worker = 0
         print(f"{status.hosts} hosts: this is process 0 (slice 0, worker 0); the others: --slice, --worker, --all", file=sys.stderr)
     if previous:
-        lines = _previous(target, status, slice_index, worker)
+        lines = _previous(target, status, slice_index, worker, flags(backend, namespace))
     else:
         lines = target.logs(name, follow=follow, slice_index=slice_index, worker=worker, since_seconds=since)
     _print(lines, wanted, follow=follow)
 
 
-def _previous(target: Backend, status: JobStatus, slice_index: int | None, worker: int | None) -> Iterator[LogLine]:
+def _previous(target: Backend, status: JobStatus, slice_index: int | None, worker: int | None, options: str) -> Iterator[LogLine]:
     from launcher.backend.selection import Selection
     from launcher.errors import NotFound
     from launcher.observe.kept_logs import kept_lines
 
     if status.attempt == 0:
-        raise NotFound(f"{status.name} has had no attempt before this one", hint=f"nnxlaunch logs {status.name}")
+        raise NotFound(f"{status.name} has had no attempt before this one", hint=f"nnxlaunch logs {status.name}{options}")
     directory = target.run_directory(status.name)
     if not directory:
         raise NotFound(f"{status.name} has no run directory on record, so nothing is kept of pods that are gone")

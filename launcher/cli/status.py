@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -37,23 +38,27 @@ def command(
 
     At most five requests to the cluster each time, however large the job is.
     """
-    from launcher.cli.backends import connect, look
+    from launcher.cli.backends import connect, flags, look
     from launcher.cli.output import emit
     from launcher.cli.show import line, whole
-    from launcher.observe.report import report
+    from launcher.observe.report import Report, report
+
+    def seen(scene: Scene) -> Report:
+        found = report(scene)
+        return replace(found, cause=found.cause.told_with(flags(backend, namespace)))
 
     target = connect(backend, context=context, kubeconfig=kubeconfig, namespace=namespace, name=name)
     first = look(target, backend, name)
     where = f"{backend}, namespace {first.namespace}"
     if not watch:
-        told = report(first)
+        told = seen(first)
         print(whole(told, where)) if output is Output.TABLE else emit(told.as_data(), output)
         return
     if output is not Output.TABLE:
         raise typer.BadParameter("--watch is for people; a script asks again, or uses: nnxlaunch wait")
     terminal, last = sys.stdout.isatty(), ""
     for scene in _refreshed(target, name, first):
-        text = whole(report(scene), where) if terminal else line(report(scene))
+        text = whole(seen(scene), where) if terminal else line(seen(scene))
         if terminal:
             print(f"{CLEAR}{text}", flush=True)
         elif text != last:

@@ -22,12 +22,12 @@ def command(
 
     One cause, the one that must go first. Its code is stable, for scripts. At most five requests to the cluster.
     """
-    from launcher.cli.backends import connect, look
+    from launcher.cli.backends import connect, flags, look
     from launcher.cli.output import emit, screen
     from launcher.observe.why import why
 
     scene = look(connect(backend, context=context, kubeconfig=kubeconfig, namespace=namespace, name=name), backend, name)
-    found = why(scene)
+    found = why(scene).told_with(flags(backend, namespace))
     if output is not Output.TABLE:
         state = scene.status.state.value
         emit({"name": name, "state": state, "code": found.code, "sentence": found.sentence, "fix": found.fix,

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 from launcher.backend.scene import Scene
 from launcher.backend.status import Event, Manifest, PodStatus, pod_status
 from launcher.backend.values import items, mapping
+
+
+ABOUT_A_JOB: Final = re.compile(r"\bnnxlaunch (submit|status|why|logs|events|describe|wait|suspend|resume|restart|cancel|delete)(?= )")
+"""Commands that go to a backend."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +24,10 @@ class Cause:
     fix: str
     evidence: tuple[str, ...] = ()
     """Each `kind/name: what it says`, the strongest first."""
+
+    def told_with(self, flags: str) -> Cause:
+        """With commands that can be pasted: `flags` say again where the job is."""
+        return replace(self, fix=ABOUT_A_JOB.sub(rf"\g<0>{flags}", self.fix))
 
 
 @dataclass(frozen=True)

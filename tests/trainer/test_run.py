@@ -100,6 +100,25 @@ def test_a_resumed_run_traces_and_compiles_the_step_once_and_ends_with_the_same_
     assert losses(tmp_path) == losses(plain)
 
 
+def test_a_run_asked_to_leave_during_an_evaluation_saves_at_once_and_goes_on_with_the_same_bits(tmp_path: Path, plain: Path, monkeypatch) -> None:
+    asked: list[int] = []
+
+    def in_the_evaluation(step: int) -> bool:
+        asked.append(step)
+        return asked.count(4) == 2
+
+    monkeypatch.setattr(run_module.distributed, "preemption_requested", in_the_evaluation)
+    with pytest.raises(Preempted, match="checkpoint 4 is committed"):
+        run(small(tmp_path, eval={"every_steps": 4}))
+    assert asked == [1, 2, 3, 4, 4]
+    monkeypatch.undo()
+    run(small(tmp_path, eval={"every_steps": 4}))
+    assert losses(tmp_path) == losses(plain)
+    resumed, alone = parameters(tmp_path, 6), parameters(plain, 6)
+    for name, value in alone.items():
+        np.testing.assert_array_equal(resumed[name], value, err_msg=name)
+
+
 def test_fewer_steps_than_are_done_are_refused(plain: Path) -> None:
     with pytest.raises(ConfigError, match="is 4, but the run directory already holds a checkpoint of step 6"):
         run(small(plain, steps=4, checkpoint={"every_steps": 3, "allow_mismatch": ["steps"]}))

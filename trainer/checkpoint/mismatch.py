@@ -39,23 +39,24 @@ PACKING_VERSIONS: Final = ("version", "order")
 _ABSENT: Final = "(absent)"
 
 
-def compare_meta(saved_meta: Mapping[str, Any], present_meta: Mapping[str, Any], allow_mismatch: Iterable[str]) -> None:
-    """Raises ResumeMismatch naming every difference that is neither free nor allowed.
+def compare_meta(saved_meta: Mapping[str, Any], present_meta: Mapping[str, Any], allow_mismatch: Iterable[str]) -> list[str]:
+    """The differences that are allowed, in words. Raises ResumeMismatch naming every one that is neither free nor allowed.
 
     Both are `meta` dicts as saved with a step: `config` (a TrainConfig as plain data), `fingerprints` (`data`,
     `tokenizer`), `data` (`Data.state`) and, in the saved one, `step`. `allow_mismatch` holds dotted config paths
     (each covers what is below it, `*` is any one part), `data`, `tokenizer` or `packing`.
     """
     allowed = sorted(set(allow_mismatch))
-    found = [(path, saved, now) for path, saved, now in _differences(saved_meta, present_meta) if not _covered(path, allowed)]
+    words = {path: f"{path}: saved {saved!r}, now {now!r}" for path, saved, now in _differences(saved_meta, present_meta)}
+    found = [path for path in words if not _covered(path, allowed)]
     if not found:
-        return
-    lines = "\n".join(f"  {path}: saved {saved!r}, now {now!r}" for path, saved, now in found)
-    accept = ", ".join(sorted({*allowed, *(path for path, _, _ in found)}))
+        return list(words.values())
+    lines = "\n".join(f"  {words[path]}" for path in found)
+    accept = f"checkpoint.allow_mismatch=[{', '.join(sorted({*allowed, *found}))}]"
     count = "1 difference" if len(found) == 1 else f"{len(found)} differences"
     raise ResumeMismatch(
         f"the checkpoint of step {saved_meta.get('step', '?')} belongs to another run, {count}:\n{lines}",
-        hint=f"use another run_directory, or continue all the same with --set 'checkpoint.allow_mismatch=[{accept}]'",
+        hint=f"use another run_directory, or continue all the same with --set '{accept}' ('train.{accept}' of a job spec)",
     )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Annotated, Any, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -147,6 +147,8 @@ def _problem(model: type[BaseModel], detail: Any, *, show: bool) -> Problem:
         close = near_miss(str(location[-1]), known)
         message = f"unknown key {_short(location[-1])}"
         hint = f"did you mean {close!r}?" if close else f"known keys: {', '.join(known)}"
+        if len(location) == 1 and location[0] in known_keys(getattr(model.model_fields.get("train"), "annotation", None)):
+            hint = f"did you mean 'train.{location[0]}'?"
     elif kind == "missing":
         message = "is required"
     elif kind in ("union_tag_not_found", "union_tag_invalid"):
@@ -174,6 +176,8 @@ def _problem(model: type[BaseModel], detail: Any, *, show: bool) -> Problem:
 
 def _tags(expected: Any) -> list[str]:
     annotation = getattr(expected, "annotation", expected)
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
     members = get_args(annotation) or (annotation,)
     fields = [getattr(member, "model_fields", {}) for member in members]
     return [str(field["type"].default) for field in fields if "type" in field]

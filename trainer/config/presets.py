@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import resources
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import yaml
 
@@ -42,8 +42,15 @@ def expand_preset(data: Any) -> Any:
     return merge(read_preset(str(keys["preset"])), rest)
 
 
-def merge(base: Any, over: Any) -> Any:
-    """`over` on top of `base`: mappings merge key by key (integer-like keys address list items), all else replaces."""
+NAMES: Final = ("tpu",)
+"""Keys of nodes whose `type` is a name among others, not the kind of node that says which keys there are."""
+
+
+def merge(base: Any, over: Any, *, kinds: bool = True) -> Any:
+    """`over` on top of `base`: mappings merge key by key (integer-like keys address list items), all else replaces.
+
+    A mapping whose `type` changes is replaced whole, unless it lies below one of `NAMES`.
+    """
     if not isinstance(over, dict):
         return over
     keys = cast("dict[Any, Any]", over)
@@ -56,7 +63,7 @@ def merge(base: Any, over: Any) -> Any:
         return merged
     if isinstance(base, dict):
         below = cast("dict[Any, Any]", base)
-        if "type" in keys and keys["type"] != below.get("type", keys["type"]):
+        if kinds and "type" in keys and keys["type"] != below.get("type", keys["type"]):
             return keys  # another kind of node: the old kind's keys mean nothing to it
-        return {**below, **{key: merge(below[key], value) if key in below else value for key, value in keys.items()}}
+        return {**below, **{key: merge(below[key], value, kinds=key not in NAMES) if key in below else value for key, value in keys.items()}}
     return keys

@@ -12,7 +12,7 @@ import signal
 from trainer.parent import link
 
 _asked = False
-_training = False
+_polls = 0
 
 
 def install_handlers() -> None:
@@ -27,18 +27,18 @@ def install_handlers() -> None:
 
 
 def preemption_requested(step: int) -> bool:
-    """Whether all processes leave at `step`; every process must ask at the same steps, in growing order.
+    """Whether all processes leave now, after `step` finished steps; every process must ask at the same points of its work.
 
-    True at one step only, the same on all: save and leave then.
+    True at one point only, the same on all: save and leave then.
     """
-    global _training
-    if not _training:
+    global _polls
+    if not _polls:
         link.tell(phase="training")
-        _training = True
+    _polls += 1
     link.tell(step=step)
     import jax
     from jax.experimental import multihost_utils
 
     if jax.process_count() > 1:
-        return bool(multihost_utils.reached_preemption_sync_point(step))
+        return bool(multihost_utils.reached_preemption_sync_point(_polls))  # wants a number that grows
     return _asked
