@@ -114,7 +114,9 @@ def _batches(config: TrainConfig, data: Data, layout: Layout, begin: int) -> Ite
     return ((n, feed(batch)) for n, batch in loader)
 
 
-def _evaluation(config: TrainConfig, data: Data, layout: Layout, eval_step: EvalStep) -> Callable[[nnx.State, Callable[[], bool]], LossSums | None]:
+def _evaluation(
+    config: TrainConfig, data: Data, layout: Layout, eval_step: EvalStep
+) -> Callable[[nnx.State, Callable[[], bool]], LossSums | None]:
     """Loss sums over the whole evaluation set, None when told to leave; every process makes the same number of steps."""
     split = data.eval
     assert split is not None and config.eval is not None

@@ -31,7 +31,9 @@ def test_a_key_of_the_train_section_at_the_top_level_is_told_its_place() -> None
     assert problem.hint == "did you mean 'train.checkpoint'?"
 
 
-@pytest.mark.parametrize("wrong", ["train.steps=0", "train.batch.global_batch=x", "capacity={type: reservation}", "train.data.sources=[{}]"])
+@pytest.mark.parametrize(
+    "wrong", ["train.steps=0", "train.batch.global_batch=x", "capacity={type: reservation}", "train.data.sources=[{}]"]
+)
 def test_a_required_key_with_a_wrong_value_hides_no_other_problem(wrong: str) -> None:
     document = apply_overrides(copy.deepcopy(TPU), [wrong, "name=Bad_Name", "train.mesh.dcn={data: 3}"])
     found = {problem.path for problem in problems_of_document(document)[1]}

@@ -100,7 +100,9 @@ def test_a_resumed_run_traces_and_compiles_the_step_once_and_ends_with_the_same_
     assert losses(tmp_path) == losses(plain)
 
 
-def test_a_run_asked_to_leave_during_an_evaluation_saves_at_once_and_goes_on_with_the_same_bits(tmp_path: Path, plain: Path, monkeypatch) -> None:
+def test_a_run_asked_to_leave_during_an_evaluation_saves_at_once_and_goes_on_with_the_same_bits(
+    tmp_path: Path, plain: Path, monkeypatch
+) -> None:
     asked: list[int] = []
 
     def in_the_evaluation(step: int) -> bool:

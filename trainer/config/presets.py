@@ -65,5 +65,8 @@ def merge(base: Any, over: Any, *, kinds: bool = True) -> Any:
         below = cast("dict[Any, Any]", base)
         if kinds and "type" in keys and keys["type"] != below.get("type", keys["type"]):
             return keys  # another kind of node: the old kind's keys mean nothing to it
-        return {**below, **{key: merge(below[key], value, kinds=key not in NAMES) if key in below else value for key, value in keys.items()}}
+        return {
+            **below,
+            **{key: merge(below[key], value, kinds=key not in NAMES) if key in below else value for key, value in keys.items()},
+        }
     return keys
