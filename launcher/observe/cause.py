@@ -11,7 +11,6 @@ from launcher.backend.scene import Scene
 from launcher.backend.status import Event, Manifest, PodStatus, pod_status
 from launcher.backend.values import items, mapping
 
-
 ABOUT_A_JOB: Final = re.compile(r"\bnnxlaunch (submit|status|why|logs|events|describe|wait|suspend|resume|restart|cancel|delete)(?= )")
 """Commands that go to a backend."""
 
