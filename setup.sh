@@ -50,7 +50,8 @@ fi
 rm -f .venv/stamp-*
 echo "installing $lock into .venv" >&2
 if command -v uv >/dev/null 2>&1; then
-    uv pip install --quiet --python .venv/bin/python --require-hashes -r "$lock"
+    # Compiled once, here: otherwise the first start pays for it, and every start where PYTHONDONTWRITEBYTECODE is set.
+    uv pip install --quiet --compile-bytecode --python .venv/bin/python --require-hashes -r "$lock"
     uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation -e .
 else
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r "$lock"
