@@ -1,6 +1,6 @@
 """`python -m tests.compile [NAME ...]`: compile the matrix for TPUs that are not here; say what is not as it should be.
 
-Rows of docs/compile.md are replaced by what was found. `--ci`: those that .ci/run compiles, and the page is left alone.
+Rows of docs/compile.md are replaced by what was found. `--small`: the small ones, and the page is left alone.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def main() -> int:
     known = {case["name"]: case for case in cases()}
     parser = argparse.ArgumentParser(prog="python -m tests.compile", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
-    parser.add_argument("--ci", action="store_true", help="those that .ci/run compiles")
+    parser.add_argument("--small", action="store_true", help="the small ones")
     parser.add_argument("--list", action="store_true", help="only print the names")
     options = parser.parse_args()
     if unknown := [name for name in options.names if name not in known]:
         parser.error(f"unknown: {', '.join(unknown)}; --list prints the names")
-    chosen = [known[name] for name in options.names] or [case for case in known.values() if case.get("ci") or not options.ci]
+    chosen = [known[name] for name in options.names] or [case for case in known.values() if case.get("small") or not options.small]
     if options.list:
         print("\n".join(case["name"] for case in chosen))
         return 0
@@ -47,7 +47,7 @@ def main() -> int:
         rows[case["name"]] = row(case, found)
         print(f"{case['name']:28} {peak(found):>14}  {seconds:4.0f} s  {'; '.join(wrong) or 'as it should be'}", flush=True)
         failed += [case["name"]] if wrong else []
-        if not options.ci:
+        if not options.small:
             keep(rows, known)
     print(f"{len(chosen) - len(failed)} of {len(chosen)} as they should be" + (f"; not: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
