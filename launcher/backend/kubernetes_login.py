@@ -103,7 +103,8 @@ def _context(file: str, wanted: str | None) -> tuple[str, dict[str, Any]]:
         known: dict[str, dict[str, Any]] = {entry["name"]: entry["context"] for entry in contexts}
         name: str = wanted or current["name"]
     except (config.ConfigException, yaml.YAMLError, OSError, TypeError, KeyError) as error:
-        raise Unavailable(f"{file} cannot be used: {_line(error)}", hint="name the current context with --context") from None
+        hint = "it must be a kubeconfig, a YAML file; for GKE: gcloud container clusters get-credentials writes one"
+        raise Unavailable(f"{file} cannot be used: {_line(error)}", hint=hint) from None
     if name not in known:
         raise Unavailable(f"context {name!r} is not in {file}", hint=f"choose one of: {', '.join(sorted(known)) or 'none'}")
     return name, known[name]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from launcher.backend.local_pod import refuse_what_cannot_run_here
 from launcher.backend.local_state import LOOK_SECONDS, JobFolder, Snapshot, create_folder, state_root
 from launcher.backend.scene import Scene
 from launcher.backend.status import RUN_DIRECTORY_ANNOTATION, SUBMITTED_BY_ANNOTATION, Event, JobStatus, LogLine, Manifest, user
-from launcher.backend.values import mapping
+from launcher.backend.values import check_namespace, mapping
 from launcher.errors import AlreadyExists, NotFound, Unavailable
 from trainer.contract import CONFIG_FILE
 
@@ -32,8 +31,7 @@ PATIENCE_SECONDS: Final = 15.0
 
 class LocalBackend:
     def __init__(self, *, namespace: str = "default") -> None:
-        if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", namespace):
-            raise Unavailable(f"{namespace[:80]!r} is not the name of a namespace", hint="lower-case letters, digits and dashes")
+        check_namespace(namespace)
         self.namespace = namespace
         self._root = state_root() / namespace
 

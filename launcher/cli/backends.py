@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher.backend import Backend, BackendKind, JobStatus, Scene, open_backend
+from launcher.backend.values import check_namespace
 from launcher.errors import NotFound, Unavailable
 
 
 def connect(kind: BackendKind, *, context: str | None, kubeconfig: Path | None, namespace: str | None, name: str = "") -> Backend:
     """`name`: the job the command is about, for the hint that it is a local one."""
+    if kind is BackendKind.LOCAL and (context or kubeconfig):
+        raise Unavailable("--context and --kubeconfig choose a cluster, and this is about --backend local", hint="leave one of them out")
+    if namespace is not None:
+        check_namespace(namespace)
     try:
         return open_backend(kind, context=context, kubeconfig=str(kubeconfig) if kubeconfig else None, namespace=namespace)
     except Unavailable as error:

@@ -62,6 +62,10 @@ def command(
         raise typer.BadParameter(f"--grep {grep!r} is no regular expression: {error}") from None
     target = connect(backend, context=context, kubeconfig=kubeconfig, namespace=namespace, name=name)
     status = job(target, backend, name)
+    most = max((part.hosts for part in status.slices), default=0)
+    for what, number, count in (("slice", slice_index, len(status.slices)), ("worker", worker, most)):
+        if number is not None and number >= count > 0:
+            raise typer.BadParameter(f"{name} has {what}s 0..{count - 1}", param_hint=f"--{what}")
     if slice_index is None and worker is None and not everything and status.hosts > HOSTS_SHOWN:
         slice_index = worker = 0
         print(f"{status.hosts} hosts: this is process 0 (slice 0, worker 0); the others: --slice, --worker, --all", file=sys.stderr)

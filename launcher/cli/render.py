@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typer
+
 from launcher.cli.options import Output, OutputFormat, Overrides, SpecFile
 
 EXAMPLES = """  nnxlaunch render job.yaml
@@ -16,6 +18,8 @@ def command(spec: SpecFile, overrides: Overrides = [], output: OutputFormat = Ou
     from launcher.cli.output import emit
     from launcher.manifest import render, to_yaml
 
+    if output is Output.TABLE:
+        raise typer.BadParameter("manifests are json or yaml, not a table", param_hint="--output")
     manifests = render(load(spec, overrides))
     if output is Output.JSON:
         emit(manifests, output)

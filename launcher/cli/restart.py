@@ -22,9 +22,15 @@ def command(
     that has ended is started again by `submit --replace`.
     """
     from launcher.cli.backends import connect, job
+    from launcher.errors import Unavailable
 
     target = connect(backend, context=context, kubeconfig=kubeconfig, namespace=namespace, name=name)
     before = job(target, backend, name)
+    if backend is BackendKind.LOCAL:
+        raise Unavailable(
+            "a job of this machine cannot be restarted in place",
+            hint="nnxlaunch submit SPEC --replace --backend local goes on from its last committed checkpoint",
+        )
     if before.state not in (JobState.SUSPENDED, JobState.QUEUED):
         target.suspend(name)
     status = target.resume(name)

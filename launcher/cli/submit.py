@@ -39,6 +39,7 @@ def command(
     A run directory that already holds checkpoints of this run is resumed. A submit that was interrupted is completed by
     the same one again.
     """
+    from launcher.backend.status import RUN_DIRECTORY_ANNOTATION
     from launcher.checks import load
     from launcher.cli.backends import connect, flags
     from launcher.errors import AlreadyExists
@@ -63,7 +64,7 @@ def command(
         if status.labels.get(SPEC_HASH_LABEL) != parsed.hash:
             print(f"note: {parsed.name} runs another spec than {spec}; it goes on unchanged", file=sys.stderr)
     print(f"{status.name}: {status.state}{f': {status.message}' if status.message else ''}")
-    print(f"run directory: {parsed.train.run_directory}")
+    print(f"run directory: {status.annotations.get(RUN_DIRECTORY_ANNOTATION, parsed.train.run_directory)}")
     if not attach:
         print(f"follow it:     nnxlaunch logs {status.name} -f{options}")
     print(f"stop it:       nnxlaunch cancel {status.name}{options}", flush=True)

@@ -17,7 +17,19 @@ EXAMPLES = """  nnxlaunch types               the families
   nnxlaunch types trillium-256 --output json
 """
 
-Name = Annotated[str | None, typer.Argument(metavar="[FAMILY|TYPE]", help="A family such as v5p, or a type such as v5p-128.")]
+
+def _begin_with(typed: str) -> list[str]:
+    """For the shell: the families, and the types of the family that is typed already."""
+    from launcher.tpu import families
+
+    types = [f"{family.name}-{size}" for family in families().values() if typed.startswith(f"{family.name}-") for size in family.names]
+    return [name for name in types or families() if name.startswith(typed)]
+
+
+Name = Annotated[
+    str | None,
+    typer.Argument(metavar="[FAMILY|TYPE]", autocompletion=_begin_with, help="A family such as v5p, or a type such as v5p-128."),
+]
 All = Annotated[bool, typer.Option("--all", help="List every name of a family, not only the first 24.")]
 
 _SHORT = 24
@@ -46,8 +58,8 @@ def command(name: Name = None, everything: All = False, output: OutputFormat = O
 
 
 def _rows(name: str | None) -> list[dict[str, Any]]:
-    from launcher.tpu import TpuError, families, find_family, resolve
-    from launcher.tpu.table import Slice, parse_topology
+    from launcher.tpu import TpuError, families, find_family
+    from launcher.tpu.table import Slice, parse_topology, ways
 
     if name is None:
         return [
@@ -66,7 +78,7 @@ def _rows(name: str | None) -> list[dict[str, Any]]:
     try:
         family = find_family(name)
     except TpuError:
-        return [_row(resolve(name))]
+        return [_row(one) for one in ways(name)]
     slices: list[Slice] = []
     for topology in family.names.values():
         shape = parse_topology(topology)

@@ -7,7 +7,7 @@ import json
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from launcher.spec.accelerator import Cpu, Layout, Tpu
 from launcher.spec.capacity import CapacityField, Exclusive, NoPlacement, OnDemand, Placement, PlacementField, QueueField, Spot, shorthand
@@ -87,6 +87,15 @@ class JobSpec(Node):
         if isinstance(filled.get("data"), dict):
             filled["data"] = {"cache_directory": f"{directory.rstrip('/')}/data", **cast("dict[str, Any]", filled["data"])}
         return {**spec, "train": filled}
+
+    @field_validator("directory")
+    @classmethod
+    def _no_tilde(cls, directory: str) -> str:
+        if directory.startswith("~"):
+            hint = "write the path of the home folder out: a spec means the same for everyone"
+            message = f"'~' stands for a home folder in a shell only, got {directory[:80]!r}"
+            raise ConfigError([Problem(path="(root)", message=message, hint=hint, code="directory", value=directory)])
+        return directory
 
     @model_validator(mode="after")
     def _one_accelerator(self) -> Self:

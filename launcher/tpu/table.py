@@ -6,6 +6,7 @@ tpu7x, chips on v5e and v6e, as Google Cloud's own names do.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterator
@@ -178,6 +179,20 @@ def resolve(type_name: str, *, machine: str | None = None) -> Slice:
     if count in family.names:
         return _place(family, parse_topology(family.names[count]), machine, key="type")
     raise _no_such_size(family, count)
+
+
+def ways(type_name: str) -> list[Slice]:
+    """Every slice the name can mean: one for each machine type that carries it. Raises TpuError as `resolve`."""
+    try:
+        return [resolve(type_name)]
+    except TpuError as error:
+        if error.code != "tpu-ambiguous":
+            raise
+    found: list[Slice] = []
+    for machine in dict.fromkeys(machine for family in families().values() for machine in family.machines):
+        with contextlib.suppress(TpuError):
+            found.append(resolve(type_name, machine=machine))
+    return found
 
 
 def resolve_topology(accelerator: str, topology: str, *, machine: str | None = None) -> Slice:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from keyword import iskeyword
 from pathlib import Path
 
@@ -70,6 +71,28 @@ def test_what_the_machine_refuses_is_an_error_in_one_line(
     assert capsys.readouterr().err.endswith(": File name too long\n")
 
 
+def test_the_version_is_the_installed_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"nnxlaunch {version('nnxlaunch')}\n"
+
+
+def test_options_that_cannot_mean_anything_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, code, said in (
+        (("list", "--backend", "local", "--context", "prod"), 69, "choose a cluster"),
+        (("list", "--backend", "kubernetes", "-n", "Bad_NS"), 69, "'Bad_NS' is not the name of a namespace"),
+        (("render", QUICKSTART, "-o", "table"), 2, "json or yaml"),
+        (("validate", QUICKSTART, "--set", "directory=~/runs"), 64, "error: directory: '~' stands for a home folder in a shell only"),
+    ):
+        assert run(*words) == code
+        assert said in capsys.readouterr().err
+
+
+def test_types_shows_every_machine_an_ambiguous_name_can_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("types", "v6e-8", "-o", "json") == 0
+    found = [(row["hosts"], row["chips"], row["machine"]) for row in json.loads(capsys.readouterr().out)]
+    assert sorted(found) == [(1, 8, "ct6e-standard-8t"), (2, 8, "ct6e-standard-4t")]
+
+
 def test_no_arguments_shows_help_and_a_misspelt_command_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 2
     assert run("validat") == 2
@@ -92,11 +115,12 @@ def test_pure_commands_import_no_client_and_no_array_library(command: str) -> No
     assert not set(HEAVY) & imported(command, QUICKSTART)
 
 
-@pytest.mark.parametrize("line", ["nnxlaunch vali", "nnxlaunch validate --se"])
+@pytest.mark.parametrize("line", ["nnxlaunch vali", "nnxlaunch validate --se", "nnxlaunch types v5p-12"])
 def test_the_shell_completes_commands_and_options(line: str) -> None:
     environment = {**os.environ, "_NNXLAUNCH_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
     result = subprocess.run([sys.executable, "-m", "launcher"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.stdout.split() == [{"vali": "validate", "--se": "--set"}[line.split()[-1]]]
+    types = ["v5p-128", "v5p-1280", "v5p-12032", "v5p-12160", "v5p-12288"]
+    assert result.stdout.split() == {"vali": ["validate"], "--se": ["--set"], "v5p-12": types}[line.split()[-1]]
 
 
 @pytest.mark.parametrize("target", ["cpu", "tpu"])

@@ -102,7 +102,8 @@ def test_preemption_is_free_a_crash_is_counted_and_the_logs_of_all_attempts_can_
     assert capsys.readouterr().out == "[s0/w1 a1] its last words\n"
     assert command("logs", "job", "--grep", "attempt [02]", "--worker", "0") == 0
     assert capsys.readouterr().out == "[s0/w0 a0] attempt 0\n[s0/w0 a2] attempt 2\n"
-    assert command("logs", "job", "--grep", "(") == 2
+    assert command("logs", "job", "--grep", "(") == command("logs", "job", "--slice", "1") == command("logs", "job", "--worker", "2") == 2
+    assert "job has workers 0..1" in capsys.readouterr().err
     assert command("wait", "job") == 0
 
 
