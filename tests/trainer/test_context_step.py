@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import jax
@@ -10,12 +11,15 @@ import numpy as np
 import pytest
 
 from tests.trainer.configs import BATCH, LENGTH, config, layout, mixture, put, ragged_batch
+from tests.trainer.model.models import random_params
 from trainer.aot.lower import compile_step
 from trainer.config import TrainConfig
 from trainer.config.checks import check_train
 from trainer.config.context import balanced_order
 from trainer.config.model import Moe
 from trainer.config.terms import eval_terms
+from trainer.decode.engine import Engine
+from trainer.decode.sampling import Sampling
 from trainer.loss import LossSums
 from trainer.model.moe import with_capacity
 from trainer.model.multi_token import ahead
@@ -117,6 +121,46 @@ def test_steps_that_look_ahead_fill_experts_in_order_and_drop_do_not_depend_on_w
 def test_an_evaluation_that_looks_ahead_and_fills_experts_in_order_does_not_depend_on_where_tokens_lie() -> None:
     """Its sums, and what was accepted of the drafts, over four shards in balanced order."""
     assert_same(evaluation(everything("mesh.ici={context: 4}"), 4), evaluation(everything("mesh.ici.fsdp=1"), 1))
+
+
+LATENT = {"type": "latent", "heads": 4, "key_value_rank": 8, "plain_dim": 8, "rope_dim": 4, "value_dim": 6}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["gather", "ring", "ulysses"])
+def test_latent_attention_on_split_sequences_is_that_of_one_device(method: str) -> None:
+    latent = f"model.segments=[{{repeats: 1, pattern: [{{attention: {json.dumps(LATENT)}, mlp: {{hidden: 48}}}}]}}]"
+    one, split = (
+        config("model.matmul_precision=highest", "sharding.unsharded_limit=0.5", latent, *overrides)
+        for overrides in (("mesh.ici.fsdp=1",), ("mesh.ici={context: 2}", f"sharding.context={{type: {method}}}"))
+    )
+    assert_same(evaluation(split, 2), evaluation(one, 1))
+
+
+@pytest.mark.full
+def test_replicas_whose_sequences_are_split_have_the_losses_of_replicas_on_one_device_each() -> None:
+    found: list[np.ndarray] = []
+    for mesh, devices in (("mesh.ici={diloco: 2, fsdp: 1}", 2), ("mesh.ici={diloco: 2, fsdp: 1, context: 2}", 4)):
+        run = config("model.matmul_precision=highest", mesh, diloco={"sync_every_steps": 2})
+        assert problems(run, devices) == []
+        where = layout(run, devices)
+        spec = describe_state(run, where)
+        _, metrics = make_train_step(run, spec, where)(initial_state(run, spec), put(ragged_batch(0), where.of_batch(run)))
+        found.append(np.asarray(metrics["loss"]))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+
+
+@pytest.mark.full
+def test_a_prompt_on_a_mesh_that_splits_sequences_leaves_the_logits_of_one_device() -> None:
+    run = config("model.matmul_precision=highest")
+    params = random_params(run.model)
+    found: list[np.ndarray] = []
+    for ways in (1, 4):
+        engine = Engine(run.model, params, layout(config(f"mesh.ici={{context: {ways}}}"), ways), slots=1, max_length=32)
+        prefix = engine.prefill([3, 1, 4, 1, 5, 9, 2, 6, 5], max_tokens=2, sampling=Sampling())
+        _, step = engine.generate(engine.insert(engine.empty(), prefix, 0))
+        found.append(np.concatenate([np.asarray(prefix.logits), np.asarray(step.logits)]))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.full

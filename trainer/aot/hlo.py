@@ -208,7 +208,7 @@ class _Program:
             return True
         if line.opcode == "custom-call":
             return "tpu_custom_call" in line.rest
-        return line.opcode == "fusion" and any(self._is_heavy(name) for name in line.called)
+        return line.opcode in ("fusion", "conditional") and any(self._is_heavy(name) for name in line.called)
 
     def _is_heavy(self, computation: str) -> bool:
         if computation not in self._heavy:

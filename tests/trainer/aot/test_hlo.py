@@ -102,3 +102,14 @@ def test_the_collectives_of_a_compiled_loop_are_those_that_were_written() -> Non
     (gather,) = loop.collectives
     assert (loop.executions, gather.kind, gather.bytes, gather.group) == (5, "all-gather", 16 * 16 * 4, tuple(range(8)))
     assert [(c.kind, c.bytes) for c in entry.collectives] == [("all-reduce", 4)]
+
+
+def test_a_permute_beside_a_branch_that_computes_is_overlapped_and_beside_one_that_does_not_it_is_not() -> None:
+    """The ring sends a part on while it computes with it, or with half of it."""
+    branch = "%nothing (p: bf16[8,8]) -> bf16[8,8] {\n  ROOT %p = bf16[8,8]{1,0} parameter(0)\n}\n\n"
+    work = "fusion(%x), kind=kOutput, calls=%product"
+    for chosen, overlapped in (("%product, %nothing", True), ("%nothing, %nothing", False)):
+        conditional = f"conditional(%x, %x, %x), branch_computations={{{chosen}}}"
+        program = PROGRAM.replace("%body (state", f"{branch}%body (state").replace(work, conditional)
+        body = next(region for region in regions(program, 4) if region.executions == 12)
+        assert by_kind(body)["collective-permute"][0].overlapped is overlapped
