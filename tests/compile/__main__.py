@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.explain.compiled import target_of
-from tests.compile.cases import LAYER_BODIES, Case, cases, job_of, violations
+from tests.compile.cases import LAYER_BODIES, Case, cases, job_of, same_direction, violations
 from trainer.aot.__main__ import compile_and_report, prepare_environment
 
 PAGE = Path(__file__).parents[2] / "docs" / "compile.md"
@@ -97,9 +97,9 @@ def peak(found: Mapping[str, Any]) -> str:
 
 
 def _body(regions: Iterable[Mapping[str, Any]], name: str) -> str:
-    """Kinds of collectives of the first region of that name, the largest first: bytes, and how they run."""
+    """Kinds of collectives of the first region of that direction, the largest first: bytes, and how they run."""
     for region in regions:
-        if region["region"] == name:
+        if same_direction(region["region"], name):
             kinds: dict[tuple[str, str], int] = {}
             for entry in region["collectives"]:
                 key = SHORT.get(entry["kind"], entry["kind"]), "overlapped" if entry["overlapped"] else "exposed"
