@@ -24,6 +24,15 @@ class Attempt:
     attempt: int
     committed_step: int | None  # the step it starts from; None: from the beginning
     started_at: str
+    job: str = ""
+    """Of a slice that is restarted by its own Job, without a number of the attempt: which Job that was."""
+
+
+def numbered(run_directory: str, attempt: int, job: str) -> int:
+    """The attempt that begins now: `attempt`, or how many of `job` are on the account where that restarts its slice by itself."""
+    if not job:
+        return attempt
+    return 1 + max((entry.attempt for entry in _recorded(run_directory) if entry.job == job), default=-1)
 
 
 def require_progress(run_directory: str, attempt: int) -> None:
@@ -44,9 +53,9 @@ def require_progress(run_directory: str, attempt: int) -> None:
         )
 
 
-def record_attempt(run_directory: str, attempt: int) -> Attempt:
+def record_attempt(run_directory: str, attempt: int, job: str = "") -> Attempt:
     """Note that `attempt` has its data and starts now. The same attempt twice (an eviction) counts once."""
-    current = Attempt(attempt, _committed_step(run_directory), datetime.now(UTC).isoformat(timespec="seconds"))
+    current = Attempt(attempt, _committed_step(run_directory), datetime.now(UTC).isoformat(timespec="seconds"), job)
     account = [*_recorded(run_directory, before=attempt), current]
     content = json.dumps({"attempts": [asdict(entry) for entry in account]}, indent=1)
     open_storage(run_directory).write(ATTEMPTS_FILE, content.encode())
@@ -58,7 +67,7 @@ def _committed_step(run_directory: str) -> int | None:
     return steps[-1] if steps else None
 
 
-def _recorded(run_directory: str, *, before: int) -> list[Attempt]:
+def _recorded(run_directory: str, *, before: int = 2**31) -> list[Attempt]:
     try:
         account = json.loads(open_storage(run_directory).read(ATTEMPTS_FILE))["attempts"]
         return [entry for entry in (Attempt(**fields) for fields in account) if entry.attempt < before]

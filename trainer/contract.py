@@ -51,6 +51,8 @@ JOB_INDEX: Final = "NNX_JOB_INDEX"  # index of the slice
 COMPLETION_INDEX: Final = "JOB_COMPLETION_INDEX"  # index of the host in its slice; set by Kubernetes
 NUM_SLICES: Final = "NNX_NUM_SLICES"
 HOSTS_PER_SLICE: Final = "NNX_HOSTS_PER_SLICE"
+REPLICA: Final = "NNX_REPLICA"  # set by the trainer itself where every slice is a world of its own: its index
+REPLICAS: Final = "NNX_REPLICAS"  # and their number
 COORDINATOR: Final = "NNX_COORDINATOR"  # host:port of process 0; only where no TPU runtime provides it
 JAX_COORDINATOR_PORT: Final = "JAX_COORDINATOR_PORT"  # TPU target: JAX's own name for the port
 DEVICES_PER_HOST: Final = "NNX_DEVICES_PER_HOST"  # CPU target only: forced host devices
@@ -58,6 +60,7 @@ POD_NAME: Final = "NNX_POD_NAME"
 POD_IP: Final = "NNX_POD_IP"
 NODE_NAME: Final = "NNX_NODE_NAME"
 ATTEMPT: Final = "NNX_RESTART_ATTEMPT"
+JOB_UID: Final = "NNX_JOB_UID"  # of the slice's Job, where that replaces pods by itself: its attempts are counted within it
 GRACE_SECONDS: Final = "NNX_GRACE_SECONDS"
 SPEC_HASH: Final = "NNX_SPEC_HASH"
 PEAK_TFLOPS_PER_DEVICE: Final = "NNX_PEAK_BF16_TFLOPS_PER_DEVICE"
@@ -86,6 +89,13 @@ METRICS_FOLDER: Final = "metrics"
 METRICS_FILE: Final = "metrics.jsonl"  # in that folder, where it is local
 LOG_FOLDER: Final = "logs"
 ATTEMPTS_FILE: Final = "attempts.json"
+SLICES_FOLDER: Final = "slices"  # run directories of slices that are worlds of their own, except the first one's
+ROUNDS_FOLDER: Final = "rounds"  # where they meet
 
 # How process 0 begins to say what ended the attempt before its own; `why` and `status` read it.
 ATTEMPT_ENDED: Final = "end of attempt"
+
+
+def slice_directory(run_directory: str, index: int) -> str:
+    """Where slice `index`, a world of its own, keeps checkpoints and metrics: the first in the run directory itself."""
+    return f"{run_directory.rstrip('/')}/{SLICES_FOLDER}/{index}" if index else run_directory

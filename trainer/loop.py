@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from trainer.loss import LossSums
 from trainer.observe import Profiler, Reporter
 from trainer.silent import SilentTerms
 from trainer.state import state_items
-from trainer.step import Batch, TrainStep
+from trainer.step import TrainStep
+from trainer.worlds import Batches, Exchange, Joined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,12 @@ class Loop:
     profiler: Profiler
     preemption_requested: Callable[[int], bool]
     """Agreed on all processes; asked once a step, and once a batch of an evaluation."""
+    exchange: Exchange | None = None
+    """Where slices are worlds of their own: how this one meets the others."""
+    leaving: Callable[[], bool] = lambda: False
+    """Whether this process alone was asked to leave; asked while it waits for other slices."""
 
-    def run(self, state: nnx.State, batches: Iterable[tuple[int, Batch]]) -> nnx.State:
+    def run(self, state: nnx.State, batches: Batches) -> nnx.State:
         """Train to the last step and commit it. `batches` yields (n, batch n) from the resume position on.
 
         Raises NumericsError, after logging, for a loss or gradient norm that is not finite, Preempted once a
@@ -55,6 +60,9 @@ class Loop:
                 evaluation = None
             self.profiler.after(n, metrics)
             done = n + 1
+            if self.exchange and self.exchange.due(done):
+                state, done = self._meet(self.exchange, state, done)
+                batches.go_to(done)
             last = done >= self.config.steps
             self.checkpoints.check()
             self._announce()
@@ -80,6 +88,27 @@ class Loop:
         self._announce()
         return state
 
+    def finish(self, done: int, state: nnx.State) -> None:
+        """Commit a state that has come to its last step without training."""
+        self._save(done, state)
+        self.checkpoints.wait()
+        self._announce()
+
+    def join(self, exchange: Exchange, state: nnx.State, done: int) -> tuple[nnx.State, int]:
+        """The state of a slice that begins at the outer parameters of `state`, and its number of steps, after the rounds it has missed."""
+        return self._told(exchange.join(state, done))
+
+    def _meet(self, exchange: Exchange, state: nnx.State, done: int) -> tuple[nnx.State, int]:
+        """What is not finite stays here."""
+        self._require_finite(self.reporter.flush())
+        return self._told(exchange.meet(state, done, self.leaving))
+
+    def _told(self, joined: Joined) -> tuple[nnx.State, int]:
+        self.reporter.interrupted()
+        for record in joined.records:
+            self.reporter.event("round", round=record.round, slices=record.slices, decided_by=record.decided_by, seconds=joined.seconds)
+        return joined.state, joined.done
+
     def _save(self, done: int, state: nnx.State) -> None:
         # The copy to the host waits for this step anyway, so reading its metrics is free: a bad state is never saved.
         self._require_finite(self.reporter.flush())
@@ -88,6 +117,8 @@ class Loop:
     def _announce(self) -> None:
         for step in self.checkpoints.newly_committed():
             self.reporter.event("checkpoint committed", step=step)
+            if self.exchange:
+                self.exchange.saved(step)
 
     def _require_finite(self, metrics: Mapping[str, float] | None) -> None:
         if metrics is None or all(math.isfinite(metrics[name]) for name in ("loss", "gradient_norm")):

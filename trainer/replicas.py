@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer.config.diloco import DiLoCo, Part, fragment_parts
 from trainer.config.train import TrainConfig
-from trainer.parallel.diloco import synchronise
+from trainer.initial import random_key
+from trainer.parallel.diloco import outer_step, synchronise
 from trainer.parallel.sharding import Layout
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def over_replicas(config: TrainConfig, diloco: DiLoCo, spec: StateSpec, layout: 
     """`step` for every replica on its rows of the batch, and the sync after it where one is due.
 
     The batch's rows are the replicas' in order. Metrics get a leading dim that counts replicas: nothing is exchanged for them.
+    Where every slice is a world of its own, the world has one replica, its metrics no such dim, and the sync is `meet`.
     """
     assert spec.replica is not None
     templates, trained, count = _flat(spec.replica.abstract), _trained(spec.replica), layout.mesh.shape[AXIS]
@@ -87,11 +89,14 @@ def over_replicas(config: TrainConfig, diloco: DiLoCo, spec: StateSpec, layout: 
 
         rows = {name: _split_rows(x, count, layout) for name, x in batch.items()}
         own, done, metrics = jax.vmap(one, out_axes=(0, None, 0), spmd_axis_name=AXIS)(own, rows, jnp.arange(count))
+        if diloco.files:
+            new = {(REPLICAS, *path): value for path, value in own.items()} | {("optimizer", "step"): done}
+            return _replaced(flat, new), jax.tree.map(lambda x: x[0], metrics)
         own, outer, momentum = _synchronised(flat, own, done)
         new = {("optimizer", "step"): done}
         new |= {(REPLICAS, *path): value for path, value in own.items()}
         new |= {("model", *path): value for path, value in outer.items()} | {(*MOMENTUM, *path): value for path, value in momentum.items()}
-        return _nested({path: variable.replace(new.get(path, variable.get_value())) for path, variable in flat.items()}), metrics
+        return _replaced(flat, new), metrics
 
     def _synchronised(flat: Mapping[Path, nnx.Variable[Any]], own: dict[Path, jax.Array], done: jax.Array) -> Any:
         names = {"/".join(map(str, path[1:])): path[1:] for path in own if path[0] == "model"}
@@ -104,6 +109,78 @@ def over_replicas(config: TrainConfig, diloco: DiLoCo, spec: StateSpec, layout: 
         return own | back, {names[name]: value for name, value in outer.items()}, {names[name]: value for name, value in momentum.items()}
 
     return train_step
+
+
+def moved(spec: StateSpec, dtype: str) -> Callable[[nnx.State], dict[str, jax.Array]]:
+    """Of a world with one replica: the jitted `state -> outer - inner` of each tensor of the model, by path, in `dtype`, laid out as it."""
+
+    def program(state: nnx.State) -> dict[str, jax.Array]:
+        flat = _flat(state)
+        return {
+            name: (flat[path].get_value() - flat[(REPLICAS, *path)].get_value()[0]).astype(dtype)
+            for name, path in _model_paths(spec.abstract).items()
+        }
+
+    return jax.jit(program, out_shardings={name: _at(spec.shardings, path) for name, path in _model_paths(spec.abstract).items()})
+
+
+def meet(diloco: DiLoCo, spec: StateSpec) -> Callable[[nnx.State, dict[str, jax.Array], jax.Array], nnx.State]:
+    """Of a world with one replica: the jitted `(state, mean of what replicas moved, done) -> state` of a sync after `done` steps.
+
+    The outer parameters take their step, the replica goes on from them, and its next step is `done` (int32). The state is donated.
+    """
+    assert spec.replica is not None
+    trained = _trained(spec.replica)
+
+    def program(state: nnx.State, mean: dict[str, jax.Array], done: jax.Array) -> nnx.State:
+        flat = _flat(state)
+        new: dict[Path, jax.Array] = {}
+        for name, path in _model_paths(spec.abstract).items():
+            outer, step = flat[path].get_value(), mean[name].astype(jnp.float32)
+            if path[1:] in trained:
+                new[path], new[(*MOMENTUM, *path[1:])] = outer_step(diloco, outer, flat[(*MOMENTUM, *path[1:])].get_value(), step)
+            else:
+                new[path] = outer - step
+        return _gone_on(flat, new, done)
+
+    return jax.jit(program, donate_argnums=0, out_shardings=spec.shardings)
+
+
+def rejoin(spec: StateSpec, replica: int, seed: int) -> Callable[[nnx.State, jax.Array], nnx.State]:
+    """Of a world with one replica: the jitted `(state, done) -> state` of replica `replica` that begins at the outer parameters of `state`.
+
+    Its optimizer's state is the one in `state`, its next step is `done` (int32), its random numbers are its own, as those of
+    replica `replica` of one world. The state is donated.
+    """
+
+    def program(state: nnx.State, done: jax.Array) -> nnx.State:
+        key = _own_key(jax.random.key_data(random_key(seed)), jnp.int32(replica))
+        return _gone_on(_flat(state), {KEY: key}, done)
+
+    return jax.jit(program, donate_argnums=0, out_shardings=spec.shardings)
+
+
+def _gone_on(flat: Mapping[Path, nnx.Variable[Any]], new: dict[Path, jax.Array], done: jax.Array) -> nnx.State:
+    """The state with `new` in it, whose replica is at the outer parameters and has `done` steps behind it."""
+    for path, variable in flat.items():
+        if path[:2] == (REPLICAS, "model"):
+            new[path] = jnp.expand_dims(new[path[1:]] if path[1:] in new else flat[path[1:]].get_value(), 0)
+        elif path == ("optimizer", "step") or path == (REPLICAS, "optimizer", "opt_state", "count"):
+            value = variable.get_value()
+            new[path] = jnp.full(value.shape, done, value.dtype)
+    return _replaced(flat, new)
+
+
+def _replaced(flat: Mapping[Path, nnx.Variable[Any]], new: Mapping[Path, jax.Array]) -> nnx.State:
+    return _nested({path: variable.replace(new.get(path, variable.get_value())) for path, variable in flat.items()})
+
+
+def _model_paths(state: nnx.State) -> dict[str, Path]:
+    return {"/".join(map(str, path[1:])): path for path in _flat(state) if path[0] == "model"}
+
+
+def _at(state: nnx.State, path: Path) -> Any:
+    return _flat(state)[path].get_value()
 
 
 def _own(path: Path) -> bool:

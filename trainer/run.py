@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import jax
@@ -12,15 +14,16 @@ from flax import nnx
 
 from trainer import distributed
 from trainer.aot.executable import load_executable
-from trainer.attempts import record_attempt
+from trainer.attempts import numbered, record_attempt
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint.mismatch import compare_meta
 from trainer.checkpoint.peers import Peers
 from trainer.config.checks import check_train
+from trainer.config.diloco import one_world, worlds_apart
 from trainer.config.problem import ConfigError, Problem
 from trainer.config.terms import eval_terms
 from trainer.config.train import TrainConfig
-from trainer.contract import Exit
+from trainer.contract import JOB_UID, Exit, slice_directory
 from trainer.data import BatchLoader, Data, differences, open_data
 from trainer.errors import DataError, ResumeMismatch
 from trainer.feed import Feed
@@ -32,6 +35,7 @@ from trainer.parallel.sharding import Layout
 from trainer.silent import SilentTerms
 from trainer.state import StateSpec, describe_state, initial_state, state_from_items, state_items
 from trainer.step import Batch, EvalStep, TrainStep, make_eval_step, make_term_probe, make_train_step
+from trainer.worlds import Batches, Exchange, Programs
 
 DATA_DEADLINE_SECONDS: Final = 3600
 """How long the processes wait for the one that is last to prepare its data."""
@@ -46,43 +50,93 @@ def run(config: TrainConfig) -> Exit:
     if config.compile_cache:
         enable_compile_cache(config.compile_cache)
     _require_consistent(config, world)
-    layout = Layout.of(config, jax.devices(), slices=world.slices)
+    own = one_world(config, world.replicas) if worlds_apart(config) else config
+    directory = slice_directory(config.run_directory, world.replica)
+    layout = Layout.of(own, jax.devices(), slices=world.slices)
     data = open_data(config, process_index=world.process_index, process_count=world.process_count)
     _require_same_data(data)
     if world.process_index == 0:
-        record_attempt(config.run_directory, world.attempt)
-    spec = describe_state(config, layout)
-    checkpoints = Checkpoints(config.checkpoint, config.run_directory)
-    header = make_header(config, dict(layout.mesh.shape)) | {"compiler_options": compiler_options(config.compiler, layout.mesh) or {}}
+        job = os.environ.get(JOB_UID, "")
+        record_attempt(directory, numbered(directory, world.attempt, job), job)
+    spec = describe_state(own, layout)
+    exchange = _exchange(config, spec, world)
+    checkpoints = Checkpoints(config.checkpoint, directory)
+    header = make_header(own, dict(layout.mesh.shape)) | {"compiler_options": compiler_options(config.compiler, layout.mesh) or {}}
     meta = functools.partial(_meta, config, data, header)
-    begin, accepted = checkpoints.latest_step(), []
-    if begin is not None:
-        accepted = _require_same_run(config, checkpoints.meta(begin), meta(begin))
-        _require_steps_ahead(config, begin)
-    reporter = Reporter(config, config.run_directory, header, primary=world.process_index == 0)
-    profiler = Profiler(config.profiler, config.run_directory, world.process_index)
+    begin, accepted = _beginning(config, checkpoints, exchange, world), []
+    if begin.step is not None:
+        accepted = _require_same_run(config, begin.checkpoints.meta(begin.step), meta(begin.step))
+        _require_steps_ahead(config, begin.step)
+    reporter = Reporter(own, directory, header, primary=world.process_index == 0)
+    profiler = Profiler(config.profiler, directory, world.process_index)
     try:
-        if begin == config.steps:
-            reporter.event("already complete", step=begin, directory=config.run_directory)
+        if begin.step == config.steps and not begin.joins:
+            reporter.event("already complete", step=begin.step, directory=directory)
             return Exit.DONE
-        if begin is not None:
-            reporter.event("resumed", step=begin, directory=config.run_directory, **({"accepted": "; ".join(accepted)} if accepted else {}))
+        if begin.step is not None:
+            more = {"accepted": "; ".join(accepted)} if accepted else {}
+            reporter.event("resumed", step=begin.step, directory=begin.directory, **more)
         loop = Loop(
-            config=config,
-            train_step=_train_step(config, spec, layout, reporter),
-            evaluate=_evaluation(config, data, layout, make_eval_step(config, spec, layout)) if config.eval else None,
+            config=own,
+            train_step=_train_step(own, spec, layout, reporter),
+            evaluate=_evaluation(config, data, layout, make_eval_step(own, spec, layout)) if config.eval else None,
             checkpoints=checkpoints,
             meta=meta,
             reporter=reporter,
-            silent_terms=SilentTerms(config, make_term_probe(config, spec, layout), reporter),
+            silent_terms=SilentTerms(own, make_term_probe(own, spec, layout), reporter),
             profiler=profiler,
             preemption_requested=distributed.preemption_requested,
+            exchange=exchange,
+            leaving=distributed.asked_to_leave,
         )
-        loop.run(_first_state(config, spec, checkpoints, begin), _batches(config, data, layout, begin or 0))
+        state, done = _first_state(config, spec, begin.checkpoints, begin.step), begin.step or 0
+        if exchange and begin.joins:
+            state, done = loop.join(exchange, state, done)
+            if done >= config.steps:
+                loop.finish(done, state)
+                return Exit.DONE
+        loop.run(state, Batches(functools.partial(_batches, own, data, layout, world.replica), done))
     finally:
         profiler.close()
         reporter.close()
     return Exit.DONE
+
+
+def _exchange(config: TrainConfig, spec: StateSpec, world: distributed.World) -> Exchange | None:
+    if config.diloco is None or not config.diloco.files:
+        return None
+    programs = Programs.of(config, spec, world.replica)
+    return Exchange(config.diloco, programs, config.run_directory, index=world.replica, slices=world.replicas)
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """Where a run goes on: the checkpoint, None for the first state."""
+
+    checkpoints: Checkpoints
+    directory: str
+    step: int | None
+    joins: bool = False
+    """A slice that the others have gone on without: it begins at outer parameters, and goes through the rounds it has missed."""
+
+
+def _beginning(config: TrainConfig, checkpoints: Checkpoints, exchange: Exchange | None, world: distributed.World) -> _Beginning:
+    """The newest checkpoint of this run; of a slice that is a world of its own, of any slice where rounds were decided since its own."""
+    mine = slice_directory(config.run_directory, world.replica)
+    step = checkpoints.latest_step()
+    if exchange is None:
+        return _Beginning(checkpoints, mine, step)
+    if step is not None and exchange.round_of(step) >= exchange.newest():
+        return _Beginning(checkpoints, mine, step)
+    best = _Beginning(checkpoints, mine, step, joins=True)
+    for index in range(world.replicas):
+        if index != world.replica:
+            directory = slice_directory(config.run_directory, index)
+            theirs = Checkpoints(config.checkpoint, directory)
+            found = theirs.latest_step()
+            if found is not None and exchange.round_of(found) > exchange.round_of(best.step or 0):
+                best = _Beginning(theirs, directory, found, joins=True)
+    return best
 
 
 def _train_step(config: TrainConfig, spec: StateSpec, layout: Layout, reporter: Reporter) -> TrainStep:
@@ -108,9 +162,11 @@ def _first_state(config: TrainConfig, spec: StateSpec, checkpoints: Checkpoints,
     return initial_state(config, spec, load_folder(config.checkpoint.start_from, abstract, config.model))
 
 
-def _batches(config: TrainConfig, data: Data, layout: Layout, begin: int) -> Iterator[tuple[int, Batch]]:
+def _batches(config: TrainConfig, data: Data, layout: Layout, replica: int, begin: int) -> Iterator[tuple[int, Batch]]:
+    """From step `begin` on; `config` is of one world, whose rows follow those of `replica` others."""
     feed = Feed(layout.of_batch(config), config.batch.global_batch, config.batch.sequence_length)
-    loader = BatchLoader(data.train, start_step=begin, local_rows=feed.local_rows, prefetch_batches=config.data.prefetch_batches)
+    rows = feed.local_rows + replica * config.batch.global_batch
+    loader = BatchLoader(data.train, start_step=begin, local_rows=rows, prefetch_batches=config.data.prefetch_batches)
     return ((n, feed(batch)) for n, batch in loader)
 
 
@@ -137,8 +193,9 @@ def _evaluation(
 
 def _require_consistent(config: TrainConfig, world: distributed.World) -> None:
     """Raises ConfigError with every rule across nodes that the config breaks on the devices that are there."""
-    devices = world.devices_per_slice
-    if problems := list(check_train(config, slices=world.slices, devices_per_slice=devices, processes=world.process_count)):
+    devices, slices = world.devices_per_slice, world.slices * world.replicas
+    processes = world.process_count * world.replicas
+    if problems := list(check_train(config, slices=slices, devices_per_slice=devices, processes=processes)):
         raise ConfigError(problems)
 
 

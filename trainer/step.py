@@ -46,14 +46,14 @@ def make_train_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> Tra
     batch, tokens in order. metrics: float32 scalars: `loss` (what is minimised), `cross_entropy`, every loss term's value before
     its weight, `tokens` (valid) and what else terms are divided by, `gradient_norm` (before clipping), `learning_rate`,
     `skipped_updates` so far where spikes are skipped, and those of `trainer.model.byproducts.statistics_metrics`, some of them arrays.
-    With replicas, metrics have a leading dim that counts them.
+    With replicas in one world, metrics have a leading dim that counts them.
     """
     options = compiler_options(config.compiler, layout.mesh)
     if config.diloco is None or spec.replica is None:
         step, metrics = _one_step(config, spec, layout), layout.replicated
     else:
         step = over_replicas(config, config.diloco, spec, layout, _one_step(config, spec.replica, layout))
-        metrics = NamedSharding(layout.mesh, PartitionSpec("diloco"))
+        metrics = layout.replicated if config.diloco.files else NamedSharding(layout.mesh, PartitionSpec("diloco"))
     return jax.jit(step, donate_argnums=0, out_shardings=(spec.shardings, metrics), compiler_options=options)
 
 

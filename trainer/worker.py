@@ -10,10 +10,11 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from trainer.attempts import how_it_ended, require_progress
+from trainer.attempts import how_it_ended, numbered, require_progress
 from trainer.config import ConfigError, load_train_config
-from trainer.contract import ATTEMPT_ENDED, DEVICES_PER_HOST, LOG_FOLDER, Exit
-from trainer.distributed import lost_connection, lost_peer, rank_from_environment, shutdown
+from trainer.config.diloco import worlds_apart
+from trainer.contract import ATTEMPT_ENDED, DEVICES_PER_HOST, JOB_UID, LOG_FOLDER, Exit, slice_directory
+from trainer.distributed import enter_own_world, lost_connection, lost_peer, rank_from_environment, shutdown
 from trainer.distributed.preemption import install_handlers
 from trainer.errors import TrainerError
 from trainer.parent import link
@@ -49,14 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _train(options: argparse.Namespace) -> Exit:
     config = load_train_config(options.config, options.set)
+    if worlds_apart(config):
+        enter_own_world(os.environ)
     rank = rank_from_environment(os.environ)
     require_jax()
     link.tell(processes=rank.process_count)
-    link.keep_output(config.run_directory, f"{LOG_FOLDER}/attempt-{rank.attempt}.slice-{rank.slice_index}.worker-{rank.worker}")
+    link.keep_output(
+        config.run_directory, f"{LOG_FOLDER}/attempt-{rank.attempt}.slice-{rank.slice_index + rank.replica}.worker-{rank.worker}"
+    )
     if rank.process_index == 0:
         if rank.attempt and (end := how_it_ended(config.run_directory, rank.attempt - 1, rank.hosts)):
             print(f"{ATTEMPT_ENDED} {rank.attempt - 1}: {end}", flush=True)
-        require_progress(config.run_directory, rank.attempt)
+        directory = slice_directory(config.run_directory, rank.replica)
+        require_progress(directory, numbered(directory, rank.attempt, os.environ.get(JOB_UID, "")))
     prepare_environment()
     from trainer.run import run
 

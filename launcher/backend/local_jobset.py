@@ -1,8 +1,8 @@
 """What the JobSet and Job controllers do with a rendered JobSet, as a state machine without processes or clocks.
 
-Semantics of JobSet 0.12 and Kubernetes 1.36 for what this launcher renders: Indexed Jobs, `backoffLimit: 0`,
-`podFailurePolicy` on exit codes, failure rules on reasons and messages (the first rule that matches any failed Job
-wins), counted and free restarts, recreation once all pods are gone. The state is kept as API objects, so that
+Semantics of JobSet 0.12 and Kubernetes 1.36 for what this launcher renders: Indexed Jobs, `backoffLimit` (without the pauses
+before a pod is replaced), `podFailurePolicy` on exit codes, failure rules on reasons and messages (the first rule that matches any
+failed Job wins), counted and free restarts, recreation once all pods are gone. The state is kept as API objects, so that
 `launcher.backend.status` reads it as it reads a cluster's answer.
 """
 
@@ -30,6 +30,7 @@ FAIL: Final = "FailJobSet"
 RESTART: Final = "RestartJobSet"
 RESTART_FREE: Final = "RestartJobSetAndIgnoreMaxRestarts"
 JOB_NAME_LABEL: Final = "batch.kubernetes.io/job-name"
+JOB_UID_LABEL: Final = "batch.kubernetes.io/controller-uid"
 
 
 class LocalJobSet:
@@ -43,6 +44,7 @@ class LocalJobSet:
         }  # fmt: skip
         self.jobs: list[Manifest] = []
         self.pods: dict[str, Manifest] = {}  # of all attempts
+        self._owed: list[tuple[Manifest, int]] = []  # Jobs and indices of pods that have failed and are replaced
         self.events: list[Event] = []
 
     @property
@@ -84,6 +86,13 @@ class LocalJobSet:
         self._judge_job(job, pod, exit_code)
         self._judge_jobset()
 
+    def replacements(self) -> list[Manifest]:
+        """Create the pods that Jobs owe for failed ones; they are pending."""
+        created = [self._pod(job, index) for job, index in self._owed]
+        self._owed = []
+        self.pods |= {pod["metadata"]["name"]: pod for pod in created}
+        return created
+
     def doomed(self) -> list[str]:
         """Pods that run and must go, because their Job has failed or the JobSet has made up its mind."""
         failing = {job["metadata"]["name"] for job in self.jobs if _has(job, "FailureTarget")}
@@ -111,8 +120,16 @@ class LocalJobSet:
 
     def _judge_job(self, job: Manifest, pod: Manifest, exit_code: int) -> None:
         name = job["metadata"]["name"]
-        mine = [pod for pod in self._of_attempt() if pod["metadata"]["labels"][JOB_NAME_LABEL] == name]
+        mine = self._latest(name)
         if exit_code and not _has(job, "FailureTarget"):
+            action = pod_action(job["spec"], exit_code)[0]
+            job["status"]["failed"] = job["status"].get("failed", 0) + (action != "Ignore")
+            replaced = action != "FailJob" and not self._decided
+            if replaced and job["status"]["failed"] <= job["spec"].get("backoffLimit", 0):
+                self._owed.append((job, int(pod["metadata"]["labels"][COMPLETION_INDEX_LABEL])))
+                counted = "without counting" if action == "Ignore" else f"{job['status']['failed']} of {job['spec']['backoffLimit']}"
+                self._event(f"job/{name}", "PodReplaced", f"pod {pod['metadata']['name']} is replaced, {counted}", warning=True)
+                return
             reason, message = job_failure(job["spec"], pod, exit_code)
             self._condition(job, "FailureTarget", reason, message)
         if _has(job, "FailureTarget") and not any(_alive(pod) for pod in mine):
@@ -158,6 +175,11 @@ class LocalJobSet:
     def _of_attempt(self) -> list[Manifest]:
         return [pod for pod in self.pods.values() if pod["metadata"]["labels"][RESTART_ATTEMPT_LABEL] == str(self.attempt)]
 
+    def _latest(self, job: str) -> list[Manifest]:
+        """The last pod of each index of a Job."""
+        mine = [pod for pod in self._of_attempt() if pod["metadata"]["labels"][JOB_NAME_LABEL] == job]
+        return list({pod["metadata"]["labels"][COMPLETION_INDEX_LABEL]: pod for pod in mine}.values())
+
     def _alive(self) -> bool:
         return any(_alive(pod) for pod in self.pods.values())
 
@@ -170,11 +192,16 @@ class LocalJobSet:
             JOB_INDEX_LABEL: str(index),
             RESTART_ATTEMPT_LABEL: str(self.attempt),
         }
-        own = mapping(template.get("metadata"))
+        own, uid = mapping(template.get("metadata")), str(uuid.uuid4())
         spec = {**template["spec"]}
         spec.setdefault("completions", spec.get("parallelism", 1))
         return {
-            "metadata": {"name": name, "labels": {**mapping(own.get("labels")), **labels}, "annotations": mapping(own.get("annotations"))},
+            "metadata": {
+                "name": name,
+                "uid": uid,
+                "labels": {**mapping(own.get("labels")), **labels},
+                "annotations": mapping(own.get("annotations")),
+            },
             "spec": spec,
             "status": {"conditions": []},
         }
@@ -183,9 +210,11 @@ class LocalJobSet:
         template = job["spec"]["template"]
         own = mapping(template.get("metadata"))
         labels = {**mapping(own.get("labels")), **job["metadata"]["labels"]}
-        labels |= {JOB_NAME_LABEL: job["metadata"]["name"], COMPLETION_INDEX_LABEL: str(index)}
+        labels |= {JOB_NAME_LABEL: job["metadata"]["name"], JOB_UID_LABEL: job["metadata"]["uid"], COMPLETION_INDEX_LABEL: str(index)}
+        name = f"{job['metadata']['name']}-{index}-a{self.attempt}"
+        earlier = sum(other == name or other.startswith(f"{name}-r") for other in self.pods)
         metadata: dict[str, Any] = {
-            "name": f"{job['metadata']['name']}-{index}-a{self.attempt}",
+            "name": f"{name}-r{earlier}" if earlier else name,
             "namespace": self.jobset["metadata"]["namespace"],
             "uid": str(uuid.uuid4()),
             "labels": labels,
@@ -211,19 +240,26 @@ class LocalJobSet:
         return self._now().isoformat(timespec="milliseconds")
 
 
-def job_failure(job_spec: Manifest, pod: Manifest, exit_code: int) -> tuple[str, str]:
-    """Reason and message of a Job one of whose pods ended with `exit_code`, as the Job controller writes them."""
+def pod_action(job_spec: Manifest, exit_code: int) -> tuple[str, int]:
+    """What a Job does about a pod that ended with `exit_code`, and the index of the rule that says so: `Count` where none does."""
     container = container_of(job_spec["template"]["spec"])["name"]
     for index, rule in enumerate(items(mapping(job_spec.get("podFailurePolicy")).get("rules"))):
         on = rule.get("onExitCodes")
         if on and on.get("containerName") in (None, container) and (exit_code in on["values"]) == (on["operator"] == "In"):
-            if rule["action"] != "FailJob":
-                break
-            where = f"{pod['metadata']['namespace']}/{pod['metadata']['name']}"
-            return (
-                "PodFailurePolicy",
-                f"Container {container} for pod {where} failed with exit code {exit_code} matching FailJob rule at index {index}",
-            )
+            return rule["action"], index
+    return "Count", -1
+
+
+def job_failure(job_spec: Manifest, pod: Manifest, exit_code: int) -> tuple[str, str]:
+    """Reason and message of a Job that fails because a pod ended with `exit_code`, as the Job controller writes them."""
+    action, index = pod_action(job_spec, exit_code)
+    if action == "FailJob":
+        container = container_of(job_spec["template"]["spec"])["name"]
+        where = f"{pod['metadata']['namespace']}/{pod['metadata']['name']}"
+        return (
+            "PodFailurePolicy",
+            f"Container {container} for pod {where} failed with exit code {exit_code} matching FailJob rule at index {index}",
+        )
     return (
         "BackoffLimitExceeded",
         f"Job has reached the specified backoff limit: pod {pod['metadata']['name']} ended with exit code {exit_code}",

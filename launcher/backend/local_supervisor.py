@@ -61,6 +61,8 @@ class Supervisor:
                     os.read(key.fd, 4096)
                 self._reap()
                 self._end_doomed()
+                if not self.cancelled:
+                    self._launch(self.control.replacements())
                 if self.control.recreate and not self.cancelled:
                     self.names.new_attempt()
                     self._launch(self.control.restart())

@@ -328,5 +328,5 @@ def _slices(spec: Manifest, pods: Sequence[PodStatus], attempt: int) -> Iterable
                 hosts=_hosts(job),
                 ready=sum(pod.ready for pod in mine),
                 succeeded=sum(pod.phase == "Succeeded" for pod in mine),
-                failed=sum(pod.phase == "Failed" for pod in mine),
+                failed=len({pod.worker for pod in mine if pod.phase == "Failed"} - {pod.worker for pod in mine if pod.phase != "Failed"}),
             )

@@ -10,6 +10,7 @@ from launcher.spec.capacity import Dws, Exclusive, SuperSlice, Tas
 from launcher.tpu import TpuError
 from trainer.config import Problem
 from trainer.config.checks import check_train
+from trainer.config.diloco import worlds_apart
 
 SUPER_SLICE_CUBE: Final = 4
 SUPER_SLICE_MAX_NAME: Final = 28
@@ -27,8 +28,8 @@ def tpu_exists(spec: JobSpec) -> Iterator[Problem]:
 
 
 def several_slices_need_several_hosts(spec: JobSpec, layout: Layout) -> Iterator[Problem]:
-    """GKE sets up multislice only for slices of more than one host."""
-    if layout.tpu is not None and layout.slices > 1 and layout.hosts_per_slice == 1:
+    """GKE sets up multislice only for slices of more than one host; slices that are worlds of their own do without."""
+    if layout.tpu is not None and layout.slices > 1 and layout.hosts_per_slice == 1 and not worlds_apart(spec.train):
         yield Problem(
             path="tpu.slices",
             message=f"{layout.slices} slices of {layout.tpu.name}: a slice with one host cannot be joined with others",

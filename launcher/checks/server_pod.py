@@ -123,5 +123,5 @@ def chips_add_up(path: str, replicated: Manifest, job: Manifest) -> Iterator[Pro
     parallelism = job.get("parallelism", 1)
     if parallelism * of_pod != chips:
         yield problem(path, f"{topology} has {chips} chips, but {parallelism} pods x {of_pod} chips are asked for", 25, limit=chips)
-    if replicated["replicas"] > 1 and parallelism == 1:
+    if replicated["replicas"] > 1 and parallelism == 1 and not job.get("backoffLimit"):  # Jobs that restart by themselves are not joined
         yield problem(path, "several slices of one host each cannot be joined", 25)

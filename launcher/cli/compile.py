@@ -59,7 +59,7 @@ def command(
     if target.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         raise Unavailable("libtpu is not installed here: it holds the TPU compiler", hint="in the clone: ./setup.sh dev, on Linux x86_64")
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        file.write(job.train.model_dump_json())
+        file.write(job.world.model_dump_json())
         file.flush()
         arguments = ["--config", file.name, "--target", target.model_dump_json()]
         arguments += ["--save", save] if save is not None else []

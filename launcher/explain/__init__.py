@@ -13,6 +13,7 @@ from launcher.manifest import names
 from launcher.manifest.container import pull_policy
 from launcher.spec import JobSpec
 from trainer import contract
+from trainer.config.diloco import worlds_apart
 from trainer.config.flops import train_flops
 from trainer.config.layouts import batch_shards, weight_layouts
 from trainer.config.mesh import used
@@ -32,8 +33,8 @@ SECURITY: Final = {
 
 def explain(spec: JobSpec) -> dict[str, Any]:
     """The derived numbers of a checked spec, in sections. Sizes are bytes, times seconds."""
-    mesh = spec.train.mesh.shape(slices=spec.layout.slices, devices_per_slice=spec.layout.devices_per_slice)
-    pipeline, context = pipeline_section(spec.train, mesh), context_section(spec.train, mesh)
+    mesh = spec.world.mesh.shape(slices=spec.world_slices, devices_per_slice=spec.layout.devices_per_slice)
+    pipeline, context = pipeline_section(spec.world, mesh), context_section(spec.world, mesh)
     return {
         "job": _job(spec),
         "hardware": _hardware(spec),
@@ -45,7 +46,7 @@ def explain(spec: JobSpec) -> dict[str, Any]:
         "memory_per_device": _memory(spec, mesh),
         "sharding": _sharding(spec, mesh),
         "timeouts": _timeouts(spec),
-        "failure": {"mode": spec.failure.mode, "exit_codes": outcomes(spec.failure)},
+        "failure": {"mode": spec.failure.mode, "exit_codes": outcomes(spec.failure, slice_alone=worlds_apart(spec.train))},
         "security": {"level": spec.security, "meaning": SECURITY[spec.security], "network": _network(spec)},
     }
 
@@ -91,7 +92,7 @@ def _hardware(spec: JobSpec) -> dict[str, Any]:
 
 def _mesh(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
     ici = spec.train.mesh.ici.solve(spec.layout.devices_per_slice, "devices per slice")
-    dcn = spec.train.mesh.dcn.solve(spec.layout.slices, "slices")
+    dcn = spec.world.mesh.dcn.solve(spec.world_slices, "slices")
     return {axis: f"{degree} = {ici[axis]} in a slice x {dcn[axis]} over slices" for axis, degree in used(mesh).items()}
 
 
@@ -104,7 +105,7 @@ def _batch(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
         "tokens_per_step": tokens,
         "tokens_of_the_run": tokens * spec.train.steps,
         "batch_shards": shards,
-        "sequences_per_shard_and_microbatch": batch.global_batch // (shards * batch.accumulation),
+        "sequences_per_shard_and_microbatch": spec.world.batch.global_batch // (shards * batch.accumulation),
         "microbatches": batch.accumulation,
     }
 
@@ -126,7 +127,7 @@ def _model(spec: JobSpec) -> dict[str, Any]:
 
 
 def _memory(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
-    memory = device_memory(spec.train, mesh, tpu=spec.layout.tpu is not None)
+    memory = device_memory(spec.world, mesh, tpu=spec.layout.tpu is not None)
     found: dict[str, Any] = {
         "parameters": memory.parameters,
         "optimizer": memory.optimizer,
@@ -153,7 +154,7 @@ def _verdict(share: float) -> str:
 def _sharding(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
     """Per weight: its shape, the mesh axes of each dim, and what could not apply."""
     found: dict[str, Any] = {}
-    for weight, layout in weight_layouts(spec.train, mesh):
+    for weight, layout in weight_layouts(spec.world, mesh):
         entry: dict[str, Any] = {"shape": "x".join(map(str, weight.shape)), "layout": _layout(weight.axes, layout)}
         skipped = [skip for skip in layout.skipped if skip.matters]
         if skipped:

@@ -17,7 +17,7 @@ def target_of(spec: JobSpec) -> Target:
     """Units of a device; those of a chip are shared by its devices."""
     layout, tpu = spec.layout, spec.layout.tpu
     if tpu is None:
-        return Target(platform="cpu", name="cpu", slices=layout.slices, devices_per_slice=layout.devices_per_slice)
+        return Target(platform="cpu", name="cpu", slices=spec.world_slices, devices_per_slice=layout.devices_per_slice)
     family = tpu.family
     each = family.devices_per_chip
     return Target(
@@ -26,7 +26,7 @@ def target_of(spec: JobSpec) -> Target:
         topology=f"{family.name}:{tpu.topology_text}",
         torus=tpu.topology,
         wraps=wraps(tpu),
-        slices=layout.slices,
+        slices=spec.world_slices,
         devices_per_slice=layout.devices_per_slice,
         hbm_bytes=int(tpu.hbm_gib_per_device * 2**30),
         peak_flops=tpu.peak_bf16_tflops_per_device * 1e12,

@@ -47,10 +47,15 @@ def effect(mode: Mode, end: int | Event) -> Effect:
             return Effect.COUNTED
 
 
-def outcomes(failure: Failure) -> dict[str, str]:
-    """`CODE (meaning)` -> what happens; then the ends that have no exit code."""
-    found = {f"{code} ({meaning})": _said(failure, code) for code, meaning in sorted(contract.MEANING.items())}
-    return {**found, "any other code": _said(failure, -1), **{event.value: _said(failure, event) for event in Event}}
+def outcomes(failure: Failure, *, slice_alone: bool = False) -> dict[str, str]:
+    """`CODE (meaning)` -> what happens; then the ends that have no exit code. `slice_alone`: every slice is a JAX world of its own."""
+
+    def said(end: int | Event) -> str:
+        words = _said(failure, end)
+        return f"of this slice alone: {words}" if slice_alone and words.startswith("restart, ") else words
+
+    found = {f"{code} ({meaning})": said(code) for code, meaning in sorted(contract.MEANING.items())}
+    return {**found, "any other code": said(-1), **{event.value: said(event) for event in Event}}
 
 
 def _said(failure: Failure, end: int | Event) -> str:

@@ -25,8 +25,8 @@ def sharding_report(spec: JobSpec) -> dict[str, Any]:
     `replicated_bytes` what all devices together hold beyond one copy. In `dims`, `further` are mesh axes that no rule but
     `sharding.optimizer` gives.
     """
-    config = spec.train
-    mesh = config.mesh.shape(slices=spec.layout.slices, devices_per_slice=spec.layout.devices_per_slice)
+    config = spec.world
+    mesh = config.mesh.shape(slices=spec.world_slices, devices_per_slice=spec.layout.devices_per_slice)
     tensors = {kind: _merged(entries) for kind, entries in _tensors(config, mesh).items()}
     numbers = {dim["rule"] for entries in tensors.values() for entry in entries for dim in entry["dims"]}
     numbers |= {skip["rule"] for entries in tensors.values() for entry in entries for skip in entry["skipped"]}

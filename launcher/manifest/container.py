@@ -10,6 +10,7 @@ from launcher.spec import JobSpec
 from launcher.spec.pod import FromSecret, Image
 from launcher.tpu.table import RESOURCE
 from trainer import contract
+from trainer.config.diloco import worlds_apart
 
 Manifest = dict[str, Any]
 
@@ -68,6 +69,8 @@ def environment(spec: JobSpec) -> list[Manifest]:
         {"name": contract.HOSTS_PER_SLICE, "value": str(layout.hosts_per_slice)},
         {"name": contract.GRACE_SECONDS, "value": str(spec.grace)},
     ]
+    if worlds_apart(spec.train):
+        ours.append(_from_field(contract.JOB_UID, f"metadata.labels['{names.JOB_UID_LABEL}']"))
     if layout.tpu is not None:
         # GKE sets TPU_* and MEGASCALE_* itself; a value rendered here would be stale after a restart.
         ours += [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.manifest import names
-from launcher.manifest.failure import failure_policy, pod_failure_policy
+from launcher.manifest.failure import backoff_limit, failure_policy, pod_failure_policy
 from launcher.manifest.pod import pod_template
 from launcher.spec import JobSpec
 from launcher.spec.capacity import Dws, Exclusive
@@ -36,13 +36,13 @@ def jobset(spec: JobSpec) -> Manifest:
 
 
 def job(spec: JobSpec) -> Manifest:
-    """One slice: all its hosts at once, and one lost host fails it."""
+    """One slice: all its hosts at once, and one lost host fails it; its Job too, unless it has other hosts to replace it."""
     policy = pod_failure_policy(spec)
     return {
         "completionMode": "Indexed",
         "completions": spec.layout.hosts_per_slice,
         "parallelism": spec.layout.hosts_per_slice,
-        "backoffLimit": 0,
+        "backoffLimit": backoff_limit(spec),
         "podReplacementPolicy": "Failed",
         **({"podFailurePolicy": policy} if policy else {}),
         "template": pod_template(spec),

@@ -7,6 +7,7 @@ from typing import Final
 from launcher.labels import MANAGED_BY, MANAGED_BY_LABEL, XPK_LABEL
 from launcher.spec import JobSpec
 from trainer import contract
+from trainer.config.diloco import worlds_apart
 
 JOB_LABEL: Final = "nnxlaunch/job"
 SPEC_HASH_LABEL: Final = "nnxlaunch/spec-hash"
@@ -16,6 +17,7 @@ XPK_QUEUE: Final = "multislice-queue"
 
 JOBSET_NAME_LABEL: Final = "jobset.sigs.k8s.io/jobset-name"
 JOB_INDEX_LABEL: Final = "jobset.sigs.k8s.io/job-index"
+JOB_UID_LABEL: Final = "batch.kubernetes.io/controller-uid"
 RESTART_ATTEMPT_LABEL: Final = "jobset.sigs.k8s.io/restart-attempt"
 EXCLUSIVE_ANNOTATION: Final = "alpha.jobset.sigs.k8s.io/exclusive-topology"
 GCSFUSE_ANNOTATION: Final = "gke-gcsfuse/volumes"
@@ -44,11 +46,12 @@ def service_account(spec: JobSpec) -> str:
     return spec.service_account or spec.name
 
 
-def pod_host(spec: JobSpec, *, job_index: int, pod_index: int) -> str:
+def pod_host(spec: JobSpec, *, job_index: int | str, pod_index: int) -> str:
     """Host name of a pod, as the pods of its namespace resolve it."""
     return f"{spec.name}-{contract.REPLICATED_JOB}-{job_index}-{pod_index}.{spec.subdomain}"
 
 
 def coordinator(spec: JobSpec) -> str:
-    """`host:port` of process 0."""
-    return f"{pod_host(spec, job_index=0, pod_index=0)}:{spec.network.coordinator_port}"
+    """`host:port` of process 0; of the first host of a pod's own slice, for Kubernetes to fill in, where every slice is a world."""
+    index = f"$({contract.JOB_INDEX})" if worlds_apart(spec.train) else "0"
+    return f"{pod_host(spec, job_index=index, pod_index=0)}:{spec.network.coordinator_port}"

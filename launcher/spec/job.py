@@ -14,6 +14,7 @@ from launcher.spec.capacity import CapacityField, Exclusive, NoPlacement, OnDema
 from launcher.spec.pod import DEFAULT_IMAGES, EnvValue, Image, Int32, Network, Resources, Text, Volume
 from trainer.config import ConfigError, Problem, TrainConfig
 from trainer.config.base import Node
+from trainer.config.diloco import one_world, worlds_apart
 
 Security = Literal["restricted", "root_no_caps", "privileged"]
 
@@ -116,6 +117,16 @@ class JobSpec(Node):
             return Layout(target="tpu", slices=slices, hosts_per_slice=hosts, devices_per_host=devices, tpu=tpu)
         cpu = self.cpu or Cpu()
         return Layout(target="cpu", slices=cpu.slices, hosts_per_slice=cpu.hosts, devices_per_host=cpu.devices_per_host, tpu=None)
+
+    @cached_property
+    def world(self) -> TrainConfig:
+        """What one JAX world of the job trains: all of it, unless every slice is a world of its own."""
+        return one_world(self.train, self.layout.slices) if worlds_apart(self.train) else self.train
+
+    @property
+    def world_slices(self) -> int:
+        """Slices of one JAX world."""
+        return 1 if worlds_apart(self.train) else self.layout.slices
 
     @property
     def grace(self) -> int:

@@ -10,7 +10,7 @@ import pytest
 from launcher.backend import JobState, JobStatus, Manifest, job_status
 from launcher.backend.local_jobset import LocalJobSet, decide, job_failure
 from launcher.backend.status import failure_cause, pod_status
-from tests.launcher.local_jobs import jobset_of, manifests
+from tests.launcher.local_jobs import TRAIN, jobset_of, manifests
 from trainer.contract import FATAL_EXIT_CODES
 
 COUNTED = (3, 76, 134, 137, 139, 143)
@@ -129,6 +129,47 @@ def test_without_a_pod_failure_policy_every_failure_counts() -> None:
     assert control.recreate
     control.restart()
     assert status(control).restarts_used == 1
+
+
+def apart(*, hosts: int = 1, max_restarts: int = 1) -> LocalJobSet:
+    """Two slices that are JAX worlds of their own."""
+    train = {**TRAIN, "diloco": {"sync_every_steps": 2, "transport": "files"}}
+    jobset = jobset_of(manifests(Path("runs"), "", hosts=hosts, slices=2, train=train, failure={"max_restarts": max_restarts}))
+    control = LocalJobSet(jobset, Clock())
+    run(control, control.start())
+    return control
+
+
+def test_a_slice_of_its_own_has_its_pods_replaced_while_the_others_go_on() -> None:
+    control = apart(hosts=2)
+    for code, worker in ((137, 1), (76, 0), (75, 1)):  # two failures count, of max_restarts x hosts
+        name = next(name for name in reversed(control.pods) if name.startswith(f"job-slice-1-{worker}-"))
+        control.pod_ended(name, code, "")
+        assert not control.doomed() and not control.recreate and not control.finished
+        (new,) = control.replacements()
+        assert new["metadata"]["name"].startswith(f"job-slice-1-{worker}-a0-r") and not control.replacements()
+        run(control, [new])
+    found = status(control)
+    assert (found.state, found.attempt, [part.failed for part in found.slices]) == (JobState.RUNNING, 0, [0, 0])
+    for name in ("job-slice-0-0-a0", "job-slice-0-1-a0", "job-slice-1-0-a0-r1", "job-slice-1-1-a0-r2"):
+        control.pod_ended(name, 0, "")
+    assert status(control).state is JobState.COMPLETED
+
+
+@pytest.mark.parametrize(("codes", "words"), [((64,), "exit code 64"), ((137, 137), "backoff limit")])
+def test_a_slice_of_its_own_that_fails_for_good_ends_the_job(codes: tuple[int, ...], words: str) -> None:
+    control = apart()
+    for attempt, code in enumerate(codes):
+        name = f"job-slice-1-0-a0-r{attempt}" if attempt else "job-slice-1-0-a0"
+        if attempt:
+            run(control, control.replacements())
+        control.pod_ended(name, code, "")
+    assert control.doomed() == ["job-slice-0-0-a0"]
+    control.pod_leaving("job-slice-0-0-a0")
+    control.pod_ended("job-slice-0-0-a0", 75, "")
+    assert control.finished and not control.recreate and not control.replacements()
+    failed = next(job for job in control.jobs if job["metadata"]["name"] == "job-slice-1")
+    assert words in failed["status"]["conditions"][-1]["message"] and status(control).state is JobState.FAILED
 
 
 def test_the_cause_is_the_pod_that_failed_its_job_not_the_one_told_to_leave() -> None:

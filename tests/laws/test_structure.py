@@ -26,6 +26,7 @@ TRAINER_LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("trainer.run", "trainer.decode"),
     ("trainer.loop", "trainer.aot"),
+    ("trainer.worlds",),
     ("trainer.step", "trainer.feed"),
     ("trainer.silent",),
     ("trainer.ledger",),

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -49,6 +50,10 @@ class Storage(Protocol):
 
     def write_new(self, path: str, data: bytes) -> None:
         """Create all of it or nothing; FileExistsError when it is there. Durable on return."""
+        ...
+
+    def claim(self, path: str, data: bytes) -> bytes:
+        """Create all of it unless somebody has: the content that is there then, of the first of all writers. Durable on return."""
         ...
 
     def crc32c(self, path: str) -> str:
@@ -123,6 +128,21 @@ class _Folder:
             raise FileExistsError(f"{self.root}/{path}")
         self.write(path, data)
 
+    def claim(self, path: str, data: bytes) -> bytes:
+        target = Path(self.root, path)
+        draft = f"{path}.{os.getpid()}.{uuid.uuid4().hex}.tmp"
+        self.write(draft, data)
+        try:
+            os.link(Path(self.root, draft), target)  # atomic, and refused where the name is taken
+        except FileExistsError:
+            return self.read(path)
+        except OSError as error:
+            reason = f"{error.strerror}: this file system has no hard links; give the bucket itself, as gs://"
+            raise PermissionError(errno.EACCES, reason, str(target)) from error
+        finally:
+            self.remove(draft)
+        return data
+
     def crc32c(self, path: str) -> str:
         checksum = google_crc32c.Checksum()
         with open(Path(self.root, path), "rb", buffering=0) as file:
@@ -181,6 +201,14 @@ class _Bucket:
             # A retry after a lost acknowledgement meets its own write: that is success.
             if self.read(path) != data:
                 raise
+
+    def claim(self, path: str, data: bytes) -> bytes:
+        try:
+            with self._as_os_error(path):
+                self._blob(path).upload_from_string(data, content_type="application/json", checksum="crc32c", if_generation_match=0)
+        except FileExistsError:
+            return self.read(path)
+        return data
 
     def crc32c(self, path: str) -> str:
         with self._as_os_error(path):

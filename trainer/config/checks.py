@@ -8,7 +8,7 @@ from typing import Final
 from trainer.config.attention import KERNEL_BLOCK
 from trainer.config.context import Ring, Ulysses, context_fits, is_balanced
 from trainer.config.data import ArrayRecord, Bytes, JsonLines, Parquet, PythonStandardLibrary, Synthetic, Text
-from trainer.config.diloco import diloco_fits
+from trainer.config.diloco import diloco_fits, one_world, worlds_apart, worlds_fit
 from trainer.config.layouts import batch_divides, length_shards, mesh_axes_are_used, model_divides, rules_are_known, weights_are_split
 from trainer.config.mesh import product
 from trainer.config.paths import path_fault
@@ -24,6 +24,11 @@ BYTES_VOCABULARY: Final = 258
 
 def check_train(config: TrainConfig, *, slices: int, devices_per_slice: int, processes: int) -> Iterator[Problem]:
     """Every problem of `config` on so many slices, devices of a slice, and processes (hosts) in all."""
+    if worlds_apart(config):
+        if problems := list(worlds_fit(config, slices)):
+            yield from problems
+            return
+        config, slices, processes = one_world(config, slices), 1, processes // slices
     shape = yield from mesh_fits(config, slices=slices, devices_per_slice=devices_per_slice)
     if shape is not None:
         yield from pipeline_fits(config, shape)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from trainer.config.base import Node, NonNegativeInt, PositiveFloat, PositiveInt
+from trainer.config.mesh import AxisDegrees, product
 from trainer.config.model import Model
 from trainer.config.problem import Problem
 from trainer.config.weights import LAYER_AXIS, split_repeat, weights
@@ -17,8 +18,36 @@ if TYPE_CHECKING:
     from trainer.config.train import TrainConfig
 
 
+class MeshTransport(Node):
+    """Replicas are indices of the mesh axis `diloco` of one JAX world: what they exchange goes from device to device."""
+
+    type: Literal["mesh"] = "mesh"
+
+
+class FilesTransport(Node):
+    """Every slice is a JAX world of its own and a replica; they meet through files in the run directory, local or gs://.
+
+    A slice that is lost is left out of the next sync, the others go on, and it joins again when it is back.
+    """
+
+    type: Literal["files"] = "files"
+    wait_seconds: PositiveInt = 60
+    """How long a slice that has come to a sync waits for the others, before it goes on with those that are there. One that was
+    not there is not waited for again until it is back."""
+    delta_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which a slice says how far its parameters have moved."""
+
+
+def _named(value: Any) -> Any:
+    """`transport: files` means `transport: {type: files}`."""
+    return {"type": value} if isinstance(value, str) else value
+
+
+Transport = Annotated[MeshTransport | FilesTransport, Field(discriminator="type")]
+
+
 class DiLoCo(Node):
-    """Every index of the mesh axis `diloco` is a replica with parameters and optimizer of its own.
+    """Replicas with parameters and optimizer of their own: indices of the mesh axis `diloco`, or slices (`transport: files`).
 
     A replica trains on its part of every batch. At a sync, the outer parameters take a step of SGD with Nesterov
     momentum along what the replicas moved on average, and the replicas go on from there; their optimizers keep their
@@ -38,6 +67,25 @@ class DiLoCo(Node):
     """Steps between a fragment's sync and the moment the replicas take its result."""
     blend: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of its own value that a replica keeps when it takes a result."""
+    transport: Annotated[Transport, BeforeValidator(_named)] = MeshTransport()
+    """What replicas are, and how they exchange what they have moved."""
+
+    @property
+    def files(self) -> FilesTransport | None:
+        """The transport where every slice is a JAX world of its own."""
+        return self.transport if isinstance(self.transport, FilesTransport) else None
+
+
+def worlds_apart(config: TrainConfig) -> bool:
+    """Whether every slice is a JAX world of its own."""
+    return config.diloco is not None and config.diloco.files is not None
+
+
+def one_world(config: TrainConfig, slices: int) -> TrainConfig:
+    """What one of `slices` worlds trains: `config` with its share of the batch, and nothing between slices."""
+    batch = config.batch.model_copy(update={"global_batch": config.batch.global_batch // slices})
+    mesh = config.mesh.model_copy(update={"dcn": AxisDegrees()})
+    return config.model_copy(update={"batch": batch, "mesh": mesh})
 
 
 @dataclass(frozen=True)
@@ -94,6 +142,29 @@ def turns(config: DiLoCo) -> Turns:
         sends[at % H] = f
         takes[(at + config.delay_steps) % H] = f
     return Turns(tuple(sends), tuple(takes))
+
+
+def worlds_fit(config: TrainConfig, slices: int) -> Iterator[Problem]:
+    """Slices that are worlds of their own have equal shares of the batch, and exchange all parameters at once."""
+    assert config.diloco is not None
+    for link in ("dcn", "ici"):
+        degrees = getattr(config.mesh, link).by_axis()
+        split = {axis: degree for axis, degree in degrees.items() if degree > 1 and (link == "dcn" or axis == "diloco")}
+        if split:
+            message = f"{product(split)}, but with `diloco.transport: files` every slice is a world and a replica of its own"
+            hint = f"leave mesh.{link} out" if link == "dcn" else "mesh.ici.diloco: 1"
+            yield Problem(path=f"mesh.{link}", message=message, hint=hint, code="diloco", value=product(split), limit=1)
+    size, accumulation = config.batch.global_batch, config.batch.accumulation
+    if size % (slices * accumulation):
+        message = f"{size} sequences cannot be split over {slices} slices" + (f" x {accumulation} microbatches" if accumulation > 1 else "")
+        hint = f"a multiple of {slices * accumulation}"
+        yield Problem(path="batch.global_batch", message=message, hint=hint, code="diloco", value=size, limit=slices * accumulation)
+    settings = config.diloco
+    for name, value, plain in (("fragments", settings.fragments, 1), ("delay_steps", settings.delay_steps, 0)):
+        if value != plain:
+            message = f"{value}, but slices that meet through files exchange all parameters at once and take the result before they go on"
+            hint = f"{plain}, or `transport: mesh`"
+            yield Problem(path=f"diloco.{name}", message=message, hint=hint, code="diloco", value=value, limit=plain)
 
 
 def diloco_fits(config: TrainConfig, mesh: Mapping[str, int]) -> Iterator[Problem]:

@@ -26,6 +26,11 @@ def install_handlers() -> None:
     signal.signal(signal.SIGINT, note)
 
 
+def asked_to_leave() -> bool:
+    """Whether this process was, as far as it can tell by itself: where there are several, JAX has the signal."""
+    return _asked
+
+
 def preemption_requested(step: int) -> bool:
     """Whether all processes leave now, after `step` finished steps; every process must ask at the same points of its work.
 

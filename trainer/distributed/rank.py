@@ -7,7 +7,7 @@ Job, which is wrong for several slices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,8 @@ from trainer.contract import (
     JOB_INDEX,
     NUM_SLICES,
     POD_NAME,
+    REPLICA,
+    REPLICAS,
 )
 from trainer.errors import WorldError
 
@@ -37,6 +39,8 @@ class Rank:
     coordinator_port: int
     attempt: int
     pod: str  # for messages
+    replica: int = 0  # which of the slices, where every one is a world of its own; `slice_index` is 0 then
+    replicas: int = 1
 
     @property
     def process_index(self) -> int:
@@ -52,7 +56,8 @@ class Rank:
         return [(index, worker) for index in range(self.slices) for worker in range(self.hosts_per_slice)]
 
     def __str__(self) -> str:
-        return f"process {self.process_index} (slice {self.slice_index}, worker {self.worker}{f', pod {self.pod}' if self.pod else ''})"
+        pod = f", pod {self.pod}" if self.pod else ""
+        return f"process {self.process_index} (slice {self.slice_index + self.replica}, worker {self.worker}{pod})"
 
 
 def rank_from_environment(environment: Mapping[str, str]) -> Rank:
@@ -89,6 +94,20 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank:
     )
 
 
+def enter_own_world(environment: MutableMapping[str, str]) -> None:
+    """Make the slice of this process a JAX world of its own, for everybody who reads `environment` from now on.
+
+    The TPU runtime would join the slices as soon as it saw the variables that GKE sets for several.
+    """
+    if REPLICAS in environment:
+        return
+    environment[REPLICA] = environment.get(JOB_INDEX) or environment.get("MEGASCALE_SLICE_ID") or "0"
+    environment[REPLICAS] = environment.get(NUM_SLICES) or environment.get("MEGASCALE_NUM_SLICES") or "1"
+    environment.update({JOB_INDEX: "0", NUM_SLICES: "1"})
+    for name in [name for name in environment if name.startswith("MEGASCALE_")]:
+        del environment[name]
+
+
 def attempt_from_environment(environment: Mapping[str, str]) -> int:
     return _number(environment, ATTEMPT, 0)
 
@@ -104,9 +123,10 @@ def _checked(
     worker: int = 0,
     hosts_per_slice: int = 1,
 ) -> Rank:
-    if slice_index >= slices or worker >= hosts_per_slice:
+    replica, replicas = _number(environment, REPLICA, 0), _number(environment, REPLICAS, 1)
+    if slice_index >= slices or worker >= hosts_per_slice or replica >= replicas:
         raise WorldError(
-            f"slice {slice_index} of {slices}, worker {worker} of {hosts_per_slice}: no such process",
+            f"slice {slice_index + replica} of {slices * replicas}, worker {worker} of {hosts_per_slice}: no such process",
             hint=f"{JOB_INDEX}, {NUM_SLICES}, {COMPLETION_INDEX}, {HOSTS_PER_SLICE} (or the TPU runtime's variables) contradict each other",
         )
     return Rank(
@@ -119,6 +139,8 @@ def _checked(
         coordinator_port=coordinator_port,
         attempt=attempt_from_environment(environment),
         pod=environment.get(POD_NAME, ""),
+        replica=replica,
+        replicas=replicas,
     )
 
 

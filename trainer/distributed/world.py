@@ -30,6 +30,8 @@ class World:
     worker: int  # within its slice
     hosts_per_slice: int
     attempt: int
+    replica: int = 0  # which of the slices, where every one is a world of its own
+    replicas: int = 1
 
     @property
     def devices_per_slice(self) -> int:
@@ -52,6 +54,8 @@ def initialise(config: Distributed) -> World:
         worker=rank.worker,
         hosts_per_slice=rank.hosts_per_slice,
         attempt=rank.attempt,
+        replica=rank.replica,
+        replicas=rank.replicas,
     )
 
 

@@ -80,7 +80,7 @@ class Reporter:
             return None
         step, metrics = self._pending
         self._pending = None
-        if self._config.diloco is None:
+        if self._config.diloco is None or self._config.diloco.files:
             values, arrays = read(metrics), read_arrays(metrics)
         else:
             values, arrays = read_replicas(metrics), read_replica_arrays(metrics)
@@ -104,6 +104,10 @@ class Reporter:
     def event(self, kind: str, **fields: Any) -> None:
         """Log that something happened; `fields` must be values JSON can say."""
         self._emit({"kind": "event", "event": kind, **fields})
+
+    def interrupted(self) -> None:
+        """Something else than a step took time: the step after it has no time of its own."""
+        self._steps.interrupt()
 
     @property
     def dropped(self) -> int:

@@ -35,9 +35,7 @@ def synchronise(
                 if part.path not in momentum:
                     new_outer[part.path] = _put(outer[part.path], theirs, part)
                     continue
-                moved = ours - theirs
-                velocity = config.outer_momentum * _pick(momentum[part.path], part, 0) + moved
-                stepped = ours - config.outer_learning_rate * (moved + config.outer_momentum * velocity)
+                stepped, velocity = outer_step(config, ours, _pick(momentum[part.path], part, 0), ours - theirs)
                 new_outer[part.path] = _put(outer[part.path], stepped, part)
                 new_momentum[part.path] = _put(momentum[part.path], velocity, part)
             return new_outer, new_momentum
@@ -63,6 +61,12 @@ def synchronise(
     outer, momentum = jax.lax.switch(sends, [nothing_sent, *map(send, fragments)], dict(outer), dict(momentum), dict(inner))
     inner = jax.lax.switch(takes, [nothing_taken, *map(take, fragments)], dict(outer), dict(inner))
     return dict(outer), dict(momentum), dict(inner)
+
+
+def outer_step(config: DiLoCo, outer: jax.Array, velocity: jax.Array, moved: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(outer, velocity) after a step along `moved`, the mean of what replicas went from `outer` (outer - inner); all of one shape."""
+    velocity = config.outer_momentum * velocity + moved
+    return outer - config.outer_learning_rate * (moved + config.outer_momentum * velocity), velocity
 
 
 def _pick(x: jax.Array, part: Part, dim: int) -> jax.Array:
