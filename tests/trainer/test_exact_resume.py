@@ -53,7 +53,7 @@ def document(directory: Path, cache: str, **changes: Any) -> Path:
 class Processes:
     """The trainer's processes of one attempt, each `python -m trainer` with its parent."""
 
-    def __init__(self, path: Path, *, processes: int, devices: int, attempt: int, overrides: tuple[str, ...] = ()) -> None:
+    def __init__(self, path: Path, *, processes: int, devices: int, attempt: int, slices: int = 1, overrides: tuple[str, ...] = ()) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -64,10 +64,10 @@ class Processes:
                 **os.environ,
                 "XLA_FLAGS": flags,
                 contract.DEVICES_PER_HOST: str(devices),
-                contract.NUM_SLICES: "1",
-                contract.HOSTS_PER_SLICE: str(processes),
-                contract.JOB_INDEX: "0",
-                contract.COMPLETION_INDEX: str(index),
+                contract.NUM_SLICES: str(slices),
+                contract.HOSTS_PER_SLICE: str(processes // slices),
+                contract.JOB_INDEX: str(index * slices // processes),
+                contract.COMPLETION_INDEX: str(index % (processes // slices)),
                 contract.COORDINATOR: f"127.0.0.1:{port}",
                 contract.POD_IP: "127.0.0.1",
                 contract.ATTEMPT: str(attempt),
