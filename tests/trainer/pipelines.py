@@ -14,7 +14,7 @@ from trainer.config.mesh import AxisDegrees, Mesh
 from trainer.config.pipeline import Gather, PipelinePlan
 from trainer.config.pipeline_schedule import PipelineSchedule
 from trainer.parallel.mesh import build_mesh
-from trainer.parallel.pipeline import Policy, StageWeight, run_pipeline
+from trainer.parallel.pipeline import Policy, StageWeight, Use, run_pipeline
 from trainer.parallel.sharding import Layout, use_layout
 
 WIDTH, LENGTH = 8, 3
@@ -72,10 +72,10 @@ def in_order(weight: jax.Array, x: jax.Array, scale: jax.Array) -> tuple[jax.Arr
 def pipelined(case: Case, *, idle: float = 0.0, policy: Policy | None = None) -> Any:
     """A function like `in_order`."""
 
-    def stage(arrays: list[jax.Array], x: jax.Array, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def stage(arrays: list[jax.Array], use: Use, x: jax.Array, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         sums: list[jax.Array] = []
         for pattern in range(case.patterns):
-            x = layer(x, arrays[0][pattern], rows["scale"])
+            x = layer(x, use([arrays[0][pattern]])[0], rows["scale"])
             sums.append(jnp.sum(x))
         return x, jnp.stack(sums)
 

@@ -18,7 +18,7 @@ from trainer.config.pipeline import PipelinePlan
 from trainer.config.weights import LAYER_AXES
 from trainer.model.attention import make_context
 from trainer.model.dropout import Dropout
-from trainer.parallel.pipeline import Policy, StageWeight, run_pipeline
+from trainer.parallel.pipeline import Policy, StageWeight, Use, run_pipeline
 
 Rows = Mapping[str, Any]
 
@@ -53,16 +53,17 @@ def run_stages(
             products.append(product)
         return x_bTD, products
 
-    def stage(arrays: list[jax.Array], x_bTD: jax.Array, rows: Rows) -> tuple[jax.Array, list[Any]]:
+    def stage(arrays: list[jax.Array], use: Use, x_bTD: jax.Array, rows: Rows) -> tuple[jax.Array, list[Any]]:
         # Made here, of the microbatch's own rows: for the whole batch they would be held by every stage.
         context = make_context(list(segment.pattern), rows["positions"], rows["segments"], kernel=model.attention_kernel)
         if dropout is not None:
             context = replace(context, dropout=replace(dropout, noise=rows["noise"]))
         if model.layers == "scan" and plan.patterns_per_stage > 1:
-            return jax.lax.scan(lambda x, arrays: run_pattern(arrays, x, context), x_bTD, arrays)
+            # Gathered before the scan: gathered inside of it, they would be among what its backward pass keeps of every turn.
+            return jax.lax.scan(lambda x, arrays: run_pattern(arrays, x, context), x_bTD, use(arrays))
         found: list[list[Any]] = []
         for pattern in range(plan.patterns_per_stage):
-            x_bTD, products = run_pattern([array[pattern] for array in arrays], x_bTD, context)
+            x_bTD, products = run_pattern(use([array[pattern] for array in arrays]), x_bTD, context)
             found.append(products)
         return x_bTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 

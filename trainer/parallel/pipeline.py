@@ -34,8 +34,10 @@ MOVES: Final = ("broadcast_in_dim", "convert_element_type", "dynamic_slice", "ga
 
 Rows = Any
 """A tree of arrays with one entry for each row of the batch: [B, ...]."""
-Stage = Callable[[list[jax.Array], jax.Array, Rows], tuple[jax.Array, Any]]
-"""(weights [P, ...], x [b, ...], rows [b, ...]) -> x of the same shape, and by-products: a tree of float arrays [P, ...]."""
+Use = Callable[[list[jax.Array]], list[jax.Array]]
+"""Weights as a stage is given them, of all its patterns or of one -> as it computes with them: whole, in compute dtype."""
+Stage = Callable[[list[jax.Array], Use, jax.Array, Rows], tuple[jax.Array, Any]]
+"""(weights [P, ...], use, x [b, ...], rows [b, ...]) -> x of the same shape, and by-products: a tree of float arrays [P, ...]."""
 Policy = Callable[..., bool]
 
 
@@ -104,9 +106,13 @@ def run_pipeline(
     keep = policy or _computed
 
     def compute(stored: list[StageWeight], whole: list[jax.Array] | None, x_Sb: jax.Array, turn: Turn) -> tuple[jax.Array, Any]:
-        used = [_pick_used(weight, None if whole is None else whole[i], turn.repeat) for i, weight in enumerate(stored)]
+        picked = [constrain(_pick(weight.stored, turn.repeat), weight.axes[1:], weight.path) for weight in stored]
+        if whole is not None:
+            own = [weight.with_array(array, weight.axes[1:]) for weight, array in zip(stored, picked, strict=True)]
+            picked = [_whole_of_repeat(weight, mine, array, turn.repeat) for weight, mine, array in zip(stored, own, whole, strict=True)]
         own_rows = jax.tree.map(lambda leaf: constrain(leaf[turn.microbatch], (STAGE, "batch", *[None] * (leaf.ndim - 2))), by_microbatch)
-        y_Sb, products = _map_stages(stage)(used, _select(turn.active, x_Sb, 0.0), own_rows)
+        use = partial(_use, stored) if whole is None else _as_given
+        y_Sb, products = _map_stages(partial(_with_use, stage, use))(picked, _select(turn.active, x_Sb, 0.0), own_rows)
         return _select(turn.active, y_Sb, idle), products
 
     def iterations(stored: list[StageWeight], whole: list[jax.Array] | None) -> Callable[[_Carry, Turn], tuple[_Carry, Any]]:
@@ -223,16 +229,27 @@ def _map_stages(stage: Stage) -> Callable[..., Any]:
     return jax.vmap(inside, spmd_axis_name=STAGE)
 
 
-def _pick_used(weight: StageWeight, whole: jax.Array | None, repeat_S: jax.Array) -> jax.Array:
-    """The weight of each stage's repeat as the stage computes with it: [S, P, ...], whole, in compute dtype.
+def _with_use(stage: Stage, use: Use, arrays: list[jax.Array], x: jax.Array, rows: Rows) -> tuple[jax.Array, Any]:
+    return stage(arrays, use, x, rows)
 
-    Its gradient is brought into the stored layout and dtype before it is added up.
+
+def _as_given(arrays: list[jax.Array]) -> list[jax.Array]:
+    return arrays
+
+
+def _use(weights: Sequence[StageWeight], arrays: list[jax.Array]) -> list[jax.Array]:
+    """`arrays`, of `weights` a stage's or one pattern's as stored, gathered in compute dtype; within a stage.
+
+    A gradient is brought into the stored layout and dtype before it is added up.
     """
-    stored = constrain(_pick(weight.stored, repeat_S), weight.axes[1:], weight.path)
-    own = weight.with_array(stored, weight.axes[1:])
+    own = [weight.with_array(array, weight.axes[-array.ndim :]) for weight, array in zip(weights, arrays, strict=True)]
+    return [_as_copy_of(weight, _whole(weight)) for weight in own]
+
+
+def _whole_of_repeat(weight: StageWeight, own: StageWeight, whole: jax.Array, repeat_S: jax.Array) -> jax.Array:
+    """The weight of each stage's repeat, [S, P, ...], out of the `whole` ones of all repeats. Gradients as in `_use`."""
     # Said of the whole weights too: left to itself, the partitioner splits them again at the border of a loop.
-    used = _whole(own) if whole is None else _gathered(own, _pick(_gathered(weight, whole), repeat_S))
-    return _as_copy_of(own, used)
+    return _as_copy_of(own, _gathered(own, _pick(_gathered(weight, whole), repeat_S)))
 
 
 def _pick(array: jax.Array, repeat_S: jax.Array) -> jax.Array:
