@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bench import commands, loop, startup, step
+from tests.bench import commands, loop, pipeline, startup, step
 from tests.bench.measure import Row
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
@@ -21,6 +21,7 @@ MEASURES: dict[str, Callable[[], list[Row]]] = {
     "startup": startup.rows,
     "step-1": lambda: step.rows(1),
     "step-8": lambda: step.rows(8),
+    "pipeline": pipeline.rows,
     "loop": loop.rows,
 }
 
