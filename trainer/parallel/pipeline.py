@@ -216,7 +216,7 @@ def _by_repeat(
     return carry, products
 
 
-def _map_stages(stage: Stage) -> Callable[..., Any]:
+def _map_stages(stage: Callable[..., Any]) -> Callable[..., Any]:
     """`stage` over a leading dim of size S of all arguments, split over the mesh axis."""
     layout = current_layout()
     if layout is None or layout.mesh.size == 1:
