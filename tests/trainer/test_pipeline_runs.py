@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,11 @@ from trainer.decode.serve import Request, serve
 from trainer.decode.source import for_decoding, load, open_source
 from trainer.errors import Preempted
 from trainer.export import export
-from trainer.loop import Loop
+from trainer.loop import Batches, Loop
 from trainer.parallel.mesh import build_mesh
 from trainer.parallel.sharding import Layout, use_layout
 from trainer.run import run
 from trainer.state import describe_state, state_items
-from trainer.step import Batch
 
 pytestmark = pytest.mark.full
 
@@ -117,7 +116,7 @@ class Kept(Loop):
 
     states: list[nnx.State]
 
-    def run(self, state: nnx.State, batches: Iterable[tuple[int, Batch]]) -> nnx.State:
+    def run(self, state: nnx.State, batches: Batches) -> nnx.State:
         self.states.append(super().run(state, batches))
         return self.states[-1]
 
