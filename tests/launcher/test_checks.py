@@ -150,7 +150,7 @@ RULES = [
      "train.model.segments.0.pattern.0.attention.heads", "model-shards"),
     (TPU, ["train.model.width=200", "train.mesh.ici={fsdp: 16}"], ["train.mesh.ici={fsdp: 16}"], "train.model.width", "model-shards"),
     (TPU, ["train.mesh.ici={data: 2, context: 8}", "train.batch.sequence_length=100"],
-     ["train.mesh.ici={data: 2, context: 8}", "train.batch.sequence_length=104"], "train.batch.sequence_length", "length-shards"),
+     ["train.mesh.ici={data: 2, context: 8}", "train.batch.sequence_length=112"], "train.batch.sequence_length", "length-shards"),
     (TPU, ["train.mesh.ici={data: 8, stage: 2}"],
      ["train.mesh.ici={data: 8, stage: 2}", "train.pipeline={}"], "train.pipeline", "pipeline"),
     (TPU, [*STAGES, "train.pipeline.layers=3"], [*STAGES, "train.pipeline.layers=2"], "train.pipeline.layers", "pipeline"),
