@@ -131,6 +131,13 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: str) -> Path:
     return directory
 
 
+def test_two_processes_give_the_losses_of_one_from_the_first_step_on(tmp_path: Path, cache: str, uninterrupted: Path) -> None:
+    with Processes(document(tmp_path, cache), processes=2, devices=4, attempt=0) as running:
+        wait_for_step(running.children[0], tmp_path, 20)
+    found, expected = losses(tmp_path), losses(uninterrupted)
+    np.testing.assert_allclose([found[step] for step in range(20)], [expected[step] for step in range(20)], rtol=1e-5)
+
+
 def test_three_kills_at_random_moments_change_no_loss_and_no_bit(tmp_path: Path, cache: str, uninterrupted: Path) -> None:
     moments = random.Random(20).sample(range(9, STEPS // 2), 3)
     path = document(tmp_path, cache)

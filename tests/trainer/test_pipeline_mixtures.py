@@ -40,6 +40,7 @@ def in_order(accumulation: int) -> Step:
     return one_step(run, devices=1, batch=ragged_batch(0, batch=ROWS))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("form", FORMS)
 def test_a_step_is_that_of_the_layers_in_order(form: str) -> None:
     run = run_with(*FORMS[form])

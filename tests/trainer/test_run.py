@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 from tests.trainer.configs import config, layout
 from trainer import run as run_module
 from trainer.checkpoint import Checkpoints
+from trainer.checkpoint.saving import Save
 from trainer.config import ConfigError, TrainConfig
 from trainer.contract import Exit
 from trainer.errors import NumericsError, Preempted, ResumeMismatch
@@ -119,6 +122,30 @@ def test_a_run_asked_to_leave_during_an_evaluation_saves_at_once_and_goes_on_wit
     resumed, alone = parameters(tmp_path, 6), parameters(plain, 6)
     for name, value in alone.items():
         np.testing.assert_array_equal(resumed[name], value, err_msg=name)
+
+
+def test_a_checkpoint_in_flight_does_not_hold_the_loop(tmp_path: Path, monkeypatch) -> None:
+    gone_on, calls = threading.Event(), itertools.count(1)
+    commit, make = Save._commit, run_module.make_train_step
+
+    def commit_later(save: Save, known: dict[str, str]) -> None:
+        assert gone_on.wait(60), "the loop waits for the commit"
+        commit(save, known)
+
+    def make_counting(*arguments: Any) -> Any:
+        step = make(*arguments)
+
+        def counted(state: Any, batch: Any) -> Any:
+            if next(calls) == 4:  # two steps after the save of step 2 began
+                gone_on.set()
+            return step(state, batch)
+
+        return counted
+
+    monkeypatch.setattr(Save, "_commit", commit_later)
+    monkeypatch.setattr(run_module, "make_train_step", make_counting)
+    assert run(small(tmp_path, checkpoint={"every_steps": 2})) == Exit.DONE
+    assert Checkpoints(config().checkpoint, str(tmp_path)).latest_step() == 6
 
 
 def test_fewer_steps_than_are_done_are_refused(plain: Path) -> None:
