@@ -148,7 +148,7 @@ def happenings(run: Run, namespace: str, queue: str) -> Iterator[tuple[str, set[
     run.execute(1, USE_UP_MEMORY)
     yield "slice 0, worker 1 exited with 137: killed: out of memory", {COUNTED}
     run.execute(1, FILL_SCRATCH)
-    # The kubelet sets no DisruptionTarget for a pod's own fault, and kills at once: free where a host has saved and left (75) before.
+    # The kubelet sets no DisruptionTarget for a pod's own fault: counted, or free where a host has saved and left (75) before.
     yield "slice 0, worker 1 was evicted: .*EmptyDir", {COUNTED, FREE}
     node = kubectl("get", "nodes", "-o", "jsonpath={.items[0].metadata.name}")
     kubectl("cordon", node)
