@@ -33,6 +33,7 @@ from trainer.observe import Profiler, Reporter, enable_compile_cache, make_heade
 from trainer.parallel.compiler import check_options, compiler_options
 from trainer.parallel.sharding import Layout
 from trainer.silent import SilentTerms
+from trainer.sizes import for_each_size
 from trainer.state import StateSpec, describe_state, initial_state, state_from_items, state_items
 from trainer.step import Batch, EvalStep, TrainStep, make_eval_step, make_term_probe, make_train_step
 from trainer.worlds import Batches, Exchange, Programs
@@ -83,7 +84,7 @@ def run(config: TrainConfig) -> Exit:
             checkpoints=checkpoints,
             meta=meta,
             reporter=reporter,
-            silent_terms=SilentTerms(own, make_term_probe(own, spec, layout), reporter),
+            silent_terms=SilentTerms(own, for_each_size(own, lambda one: make_term_probe(one, spec, layout)), reporter),
             profiler=profiler,
             preemption_requested=distributed.preemption_requested,
             exchange=exchange,
@@ -142,7 +143,14 @@ def _beginning(config: TrainConfig, checkpoints: Checkpoints, exchange: Exchange
 def _train_step(config: TrainConfig, spec: StateSpec, layout: Layout, reporter: Reporter) -> TrainStep:
     """The step compiled beforehand where there is one and it is this run's, else one that is compiled when it first runs."""
     check_options(config.compiler, layout.mesh.local_mesh.devices.flat[0])
-    if path := config.compiler.executable:
+    return for_each_size(
+        config, lambda one: _one_step(one, spec, layout, reporter, whole=one.batch.global_batch == config.batch.global_batch)
+    )
+
+
+def _one_step(config: TrainConfig, spec: StateSpec, layout: Layout, reporter: Reporter, *, whole: bool) -> TrainStep:
+    """For batches of one size; the executable is of the whole batch."""
+    if whole and (path := config.compiler.executable):
         found = load_executable(path, config, spec, layout)
         if not isinstance(found, str):
             reporter.event("compiled step loaded", path=path)
@@ -164,10 +172,11 @@ def _first_state(config: TrainConfig, spec: StateSpec, checkpoints: Checkpoints,
 
 def _batches(config: TrainConfig, data: Data, layout: Layout, replica: int, begin: int) -> Iterator[tuple[int, Batch]]:
     """From step `begin` on; `config` is of one world, whose rows follow those of `replica` others."""
-    feed = Feed(layout.of_batch(config), config.batch.global_batch, config.batch.sequence_length)
-    rows = feed.local_rows + replica * config.batch.global_batch
-    loader = BatchLoader(data.train, start_step=begin, local_rows=rows, prefetch_batches=config.data.prefetch_batches)
-    return ((n, feed(batch)) for n, batch in loader)
+    feeds = {size: Feed(layout.of_batch(config), size, config.batch.sequence_length) for size in config.batch.sizes}
+    rows = {size: feed.local_rows + replica * size for size, feed in feeds.items()}
+    size_at = config.batch.size_at
+    loader = BatchLoader(data.train, start_step=begin, local_rows=lambda n: rows[size_at(n)], prefetch_batches=config.data.prefetch_batches)
+    return ((n, feeds[size_at(n)](batch)) for n, batch in loader)
 
 
 def _evaluation(

@@ -98,12 +98,16 @@ def _mesh(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
 
 def _batch(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
     batch, shards = spec.train.batch, batch_shards(mesh, spec.train.sharding)
-    tokens = batch.global_batch * batch.sequence_length
+    ramp = batch.ramp_up
+    grows = (
+        ramp and f"{ramp.start} sequences, {ramp.increment} more every {ramp.steps_per_size} steps, all from step {batch.ramp_up_steps} on"
+    )
     return {
         "global_batch_sequences": batch.global_batch,
+        **({"ramp_up": grows, "sizes_compiled": len(batch.sizes)} if grows else {}),
         "sequence_length": batch.sequence_length,
-        "tokens_per_step": tokens,
-        "tokens_of_the_run": tokens * spec.train.steps,
+        "tokens_per_step": batch.global_batch * batch.sequence_length,
+        "tokens_of_the_run": batch.sequences_before(spec.train.steps) * batch.sequence_length,
         "batch_shards": shards,
         "sequences_per_shard_and_microbatch": spec.world.batch.global_batch // (shards * batch.accumulation),
         "microbatches": batch.accumulation,

@@ -38,6 +38,7 @@ def test_the_documents_of_this_file_have_no_problem() -> None:
 
 MLP, EXPERTS = "train.model.segments.0.pattern.0.mlp", "{type: moe, experts: 4, experts_per_token: 2, hidden: 64"
 STAGES = ["train.mesh.ici={data: 8, stage: 2}"]
+RAMP, FIVE = "train.batch.ramp_up", ", steps_per_size: 5}"
 RULES = [
     # document, overrides refused, overrides accepted, path, code
     (TPU, ["name=Run"], ["name=run-2"], "name", "name"),
@@ -145,6 +146,24 @@ RULES = [
     (TPU, ["train.mesh.dcn={data: 2}"], ["train.mesh.dcn={data: 1}"], "train.mesh.dcn", "mesh"),
     (TPU, ["train.batch.global_batch=40"], ["train.batch.global_batch=48"], "train.batch.global_batch", "batch-shards"),
     (TPU, ["train.batch.accumulation=4"], ["train.batch.accumulation=2"], "train.batch.global_batch", "batch-shards"),
+    (TPU, ["train.batch.ramp_up={start: 32, increment: 16, steps_per_size: 5}"],
+     ["train.batch.ramp_up={start: 16, increment: 16, steps_per_size: 5}"], "train.batch.ramp_up.start", "ramp-up"),
+    (TPU, ["train.batch.ramp_up={start: 16, increment: 16, steps_per_size: 100}"],
+     ["train.batch.ramp_up={start: 16, increment: 16, steps_per_size: 99}"], "train.batch.ramp_up.steps_per_size", "never"),
+    (TPU, ["train.batch.global_batch=96", "train.batch.ramp_up={start: 16, increment: 40, steps_per_size: 5}"],
+     ["train.batch.global_batch=96", "train.batch.ramp_up={start: 16, increment: 32, steps_per_size: 5}"],
+     "train.batch.ramp_up", "batch-shards"),
+    (TPU, ["train.batch={global_batch: 128, accumulation: 4, ramp_up: {start: 16, increment: 32, steps_per_size: 5}}"],
+     ["train.batch={global_batch: 128, accumulation: 4, ramp_up: {start: 32, increment: 32, steps_per_size: 5}}"],
+     "train.batch.ramp_up", "ramp-up"),
+    (TPU, [*STAGES, "train.pipeline.microbatches=4", "train.batch.global_batch=64", f"{RAMP}={{start: 16, increment: 16{FIVE}"],
+     [*STAGES, "train.pipeline.microbatches=4", "train.batch.global_batch=64", f"{RAMP}={{start: 32, increment: 32{FIVE}"],
+     "train.batch.ramp_up", "pipeline"),
+    (CPU, ["train.batch={global_batch: 32, ramp_up: {start: 8, increment: 5, steps_per_size: 5}}", "train.mesh.ici={data: 4}",
+           "cpu.slices=2", "train.steps=40", "train.diloco={sync_every_steps: 10, transport: files}"],
+     ["train.batch={global_batch: 32, ramp_up: {start: 16, increment: 16, steps_per_size: 5}}", "train.mesh.ici={data: 8}",
+      "cpu.slices=2", "train.steps=40", "train.diloco={sync_every_steps: 10, transport: files}"],
+     "train.batch.ramp_up.increment", "diloco"),
     (TPU, ["train.eval={every_steps: 5, global_batch: 8}"], ["train.eval={every_steps: 5, global_batch: 16}"],
      "train.eval.global_batch", "batch-shards"),
     (TPU, ["train.mesh.ici={data: 1, tensor: 16}"], ["train.mesh.ici={data: 8, tensor: 2}"],

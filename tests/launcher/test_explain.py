@@ -27,6 +27,13 @@ def test_hardware_mesh_and_batch_multiply_out(spot: dict[str, Any]) -> None:
     assert batch["sequences_per_shard_and_microbatch"] == 2
 
 
+def test_tokens_of_a_run_whose_batch_grows_are_those_of_its_steps() -> None:
+    batch = explain(example("v5p-128-spot", "train.batch.ramp_up={start: 256, increment: 256, steps_per_size: 10}"))["batch"]
+    steps = example("v5p-128-spot").train.steps
+    assert batch["tokens_of_the_run"] == (10 * 256 + (steps - 10) * 512) * 4096
+    assert batch["ramp_up"] == "256 sequences, 256 more every 10 steps, all from step 10 on" and batch["sizes_compiled"] == 2
+
+
 def test_llama3_8b_has_its_published_size_and_is_split_over_fsdp(spot: dict[str, Any]) -> None:
     model, memory = spot["model"], spot["memory_per_device"]
     assert model["parameters"] == 8_030_261_248 and model["layers"] == 32

@@ -27,7 +27,7 @@ TRAINER_LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainer.run", "trainer.decode"),
     ("trainer.loop", "trainer.aot"),
     ("trainer.worlds",),
-    ("trainer.step", "trainer.feed"),
+    ("trainer.step", "trainer.feed", "trainer.sizes"),
     ("trainer.silent",),
     ("trainer.ledger",),
     ("trainer.observe", "trainer.distributed", "trainer.parent", "trainer.attempts", "trainer.data"),

@@ -14,6 +14,7 @@ from trainer.config.mesh import product
 from trainer.config.paths import path_fault
 from trainer.config.pipeline import pipeline_fits
 from trainer.config.problem import Problem
+from trainer.config.ramp import ramp_up_fits
 from trainer.config.schedule import Cosine, Linear, WarmupStableDecay
 from trainer.config.train import TrainConfig
 from trainer.config.treatment import groups_select
@@ -34,6 +35,7 @@ def check_train(config: TrainConfig, *, slices: int, devices_per_slice: int, pro
         yield from pipeline_fits(config, shape)
         yield from diloco_fits(config, shape)
         yield from batch_divides(config, shape)
+        yield from ramp_up_fits(config, shape)
         yield from context_fits(config, shape)
         yield from model_divides(config, shape)
         yield from mesh_axes_are_used(config, shape)

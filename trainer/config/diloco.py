@@ -83,7 +83,10 @@ def worlds_apart(config: TrainConfig) -> bool:
 
 def one_world(config: TrainConfig, slices: int) -> TrainConfig:
     """What one of `slices` worlds trains: `config` with its share of the batch, and nothing between slices."""
-    batch = config.batch.model_copy(update={"global_batch": config.batch.global_batch // slices})
+    ramp = config.batch.ramp_up
+    share = {"global_batch": config.batch.global_batch // slices}
+    grows = {name: getattr(ramp, name) // slices for name in ("start", "increment")} if ramp else {}
+    batch = config.batch.model_copy(update={**share, "ramp_up": ramp and ramp.model_copy(update=grows)})
     mesh = config.mesh.model_copy(update={"dcn": AxisDegrees()})
     return config.model_copy(update={"batch": batch, "mesh": mesh})
 
@@ -159,6 +162,11 @@ def worlds_fit(config: TrainConfig, slices: int) -> Iterator[Problem]:
         message = f"{size} sequences cannot be split over {slices} slices" + (f" x {accumulation} microbatches" if accumulation > 1 else "")
         hint = f"a multiple of {slices * accumulation}"
         yield Problem(path="batch.global_batch", message=message, hint=hint, code="diloco", value=size, limit=slices * accumulation)
+    ramp = config.batch.ramp_up
+    for name, value in (("start", ramp.start), ("increment", ramp.increment)) if ramp else ():
+        if value % slices:
+            message, hint = f"{value} sequences cannot be split over {slices} slices", f"a multiple of {slices}"
+            yield Problem(path=f"batch.ramp_up.{name}", message=message, hint=hint, code="diloco", value=value, limit=slices)
     settings = config.diloco
     for name, value, plain in (("fragments", settings.fragments, 1), ("delay_steps", settings.delay_steps, 0)):
         if value != plain:

@@ -9,18 +9,67 @@ from pydantic import Field, model_validator
 from trainer.config.base import Node, NonNegativeInt, PositiveInt
 
 
+class RampUp(Node):
+    """A batch that grows with the step: step n has `start + increment * (n // steps_per_size)` sequences, at most `global_batch`.
+
+    Every size is compiled once, when its first step comes.
+    """
+
+    start: PositiveInt
+    """Sequences of the first step, below `global_batch`."""
+    increment: PositiveInt
+    """Sequences that are added at a time."""
+    steps_per_size: PositiveInt
+    """Steps with one size."""
+
+
 class Batch(Node):
     global_batch: PositiveInt
     """Sequences one step consumes over all devices."""
     sequence_length: PositiveInt
     accumulation: PositiveInt = 1
     """Microbatches a step adds up before one optimizer update; divides global_batch."""
+    ramp_up: RampUp | None = None
+    """Smaller batches at the beginning of the run. A microbatch stays as large as it is with `global_batch`, and a step takes fewer of
+    them; a size below one microbatch is one smaller microbatch."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.global_batch % self.accumulation:
             raise ValueError(f"global_batch ({self.global_batch}) must be a multiple of accumulation ({self.accumulation})")
         return self
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sequences of a step, every size there is, ascending."""
+        ramp = self.ramp_up
+        return (*(range(ramp.start, self.global_batch, ramp.increment) if ramp else ()), self.global_batch)
+
+    @property
+    def ramp_up_steps(self) -> int:
+        """Steps before the first one with `global_batch` sequences."""
+        return (len(self.sizes) - 1) * self.ramp_up.steps_per_size if self.ramp_up else 0
+
+    def size_at(self, step: int) -> int:
+        """Sequences of a step."""
+        ramp = self.ramp_up
+        return min(ramp.start + ramp.increment * (step // ramp.steps_per_size), self.global_batch) if ramp else self.global_batch
+
+    def sequences_before(self, step: int) -> int:
+        """Sequences of all steps before `step` together."""
+        ramp = self.ramp_up
+        if ramp is None:
+            return step * self.global_batch
+        growing = min(step, self.ramp_up_steps)
+        sizes, within = divmod(growing, ramp.steps_per_size)
+        whole = sizes * ramp.start + ramp.increment * (sizes * (sizes - 1) // 2)
+        last = within * (ramp.start + ramp.increment * sizes)
+        return whole * ramp.steps_per_size + last + (step - growing) * self.global_batch
+
+    def of_size(self, sequences: int) -> Batch:
+        """The batch of the steps that have one of `sizes`, as if every step had it."""
+        accumulation = max(1, sequences * self.accumulation // self.global_batch)
+        return self.model_copy(update={"global_batch": sequences, "accumulation": accumulation, "ramp_up": None})
 
 
 class Eval(Node):

@@ -44,3 +44,7 @@ class TrainConfig(Node):
     """Folder or gs:// path of JAX's persistent compile cache; process 0 writes."""
     compiler: Compiler = Compiler()
     distributed: Distributed = Distributed()
+
+    def of_size(self, sequences: int) -> TrainConfig:
+        """The run at one of `batch.sizes`, as if every step had it."""
+        return self.model_copy(update={"batch": self.batch.of_size(sequences)}) if self.batch.ramp_up else self

@@ -85,7 +85,13 @@ def open_data(config: TrainConfig, *, process_index: int = 0, process_count: int
     weights = [source.weight for source in config.data.sources]
     return Data(
         train=TrainSplit(
-            sources=train, global_batch=global_batch, weights=weights, seed=config.seed, shuffle=config.data.shuffle, **common
+            sources=train,
+            global_batch=global_batch,
+            weights=weights,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            rows_before=config.batch.sequences_before,
+            **common,
         ),
         eval=EvalSplit(sources=held_out, global_batch=eval_batch, **common) if config.eval else None,
         identity=identity,

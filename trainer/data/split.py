@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -93,7 +93,7 @@ class Split(ABC):
 
     @abstractmethod
     def batch_rows(self, n: int) -> np.ndarray:
-        """int64 [B] ids of the rows of global batch n: a pure function of (seed, n)."""
+        """int64 [B] ids of the rows of batch n: a pure function of (seed, n). B may change with n."""
 
     def rows(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """int64 [B] ids -> the batch `packing.batch_of` describes. Raises DataError when the cache gives an impossible token."""
@@ -120,8 +120,10 @@ class TrainSplit(Split):
     weights: Sequence[float]
     seed: int
     shuffle: bool
+    rows_before: Callable[[int], int] | None = None
+    """Rows of all batches before batch n together. Default: n x global_batch."""
     mixture: Mixture = field(init=False)
-    _latest: tuple[int, np.ndarray] = field(init=False, repr=False)
+    _latest: tuple[int, list[np.ndarray]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,10 +139,12 @@ class TrainSplit(Split):
             object.__setattr__(self, "_latest", (block, ids))
         return ids[within]
 
-    def _blocks_ids(self, block: int) -> np.ndarray:
-        """int64 [_BLOCK_BATCHES, B]: the ids of the block's batches."""
-        size = _BLOCK_BATCHES * self.global_batch
-        samples = np.arange(block * size, (block + 1) * size, dtype=np.int64)
+    def _blocks_ids(self, block: int) -> list[np.ndarray]:
+        """int64 [B] of each of _BLOCK_BATCHES batches: the ids of their rows."""
+        first = block * _BLOCK_BATCHES
+        before = self.rows_before or (lambda n: n * self.global_batch)
+        begins = np.array([before(n) for n in range(first, first + _BLOCK_BATCHES + 1)], np.int64)
+        samples = np.arange(begins[0], begins[-1], dtype=np.int64)
         owner, index = self.mixture.locate(samples)
         ids = np.empty_like(samples)
         for number, rows in enumerate(self.sources):
@@ -151,7 +155,7 @@ class TrainSplit(Split):
                 if self.shuffle and rows.shuffled:
                     order = permute(order, rows.count, f"{self.seed}/{number}/{epoch}")
                 ids[chosen] = self.offsets[number] + order
-        return ids.reshape(_BLOCK_BATCHES, self.global_batch)
+        return np.split(ids, begins[1:-1] - begins[0])
 
 
 @dataclass(frozen=True, kw_only=True)

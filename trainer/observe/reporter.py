@@ -59,7 +59,7 @@ class Reporter:
         self._steps = StepClock()
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._first = True
-        self._unlogged: list[float] = []  # seconds of timed steps since the last logged one
+        self._unlogged: list[tuple[float, float]] = []  # of timed steps since the last logged one: seconds, share of a whole batch
         self._writers = _writers(config, run_directory) if primary else []
         self._emit({"kind": "header", **header})
 
@@ -122,37 +122,43 @@ class Reporter:
         self._writers = []
 
     def _log_step(self, step: int, values: dict[str, float], arrays: Mapping[str, Any], now: float) -> None:
-        if self._evaluated_after(step):
-            self._steps.interrupt()  # its end was seen only after the evaluation had been fed
+        batch = self._config.batch
+        size = batch.size_at(step)
+        if self._evaluated_after(step) or batch.size_at(step + 1) != size:
+            self._steps.interrupt()  # its end was seen only after the evaluation had been fed, or the next size compiled
         seconds = self._steps.finished(now)
         record: dict[str, Any] = {"kind": "step", "step": step, "done": step + 1, **values, **arrays}
+        if batch.ramp_up:
+            record["global_batch"] = size
         if self._first:
             self._first = False
             # Compilation and all; the CPU time is the process's since it began.
             record |= {"first_step_seconds": now - self._started, "first_step_cpu_seconds": time.process_time()}
         if seconds is not None:
-            self._unlogged.append(seconds)
+            self._unlogged.append((seconds, size / batch.global_batch))
         every, last = self._config.metrics.log_every_steps, self._config.steps - 1
         if step % every and step != last and "first_step_seconds" not in record and all(map(math.isfinite, values.values())):
             return
         if self._unlogged:
-            record |= self._speed(sum(self._unlogged) / len(self._unlogged), values)
+            seconds, share = (sum(column) / len(self._unlogged) for column in zip(*self._unlogged, strict=True))
+            record |= self._speed(seconds, share, values)
             self._unlogged = []
         if (typical := self._steps.typical_seconds) is not None:
-            record["eta_seconds"] = typical * (last - step)
+            ahead = batch.sequences_before(last + 1) - batch.sequences_before(step + 1)
+            record["eta_seconds"] = typical * (ahead / size)
         self._emit(record)
 
     def _evaluated_after(self, step: int) -> bool:
         every = self._config.eval.every_steps if self._config.eval else None
         return every is not None and ((step + 1) % every == 0 or step + 1 == self._config.steps)
 
-    def _speed(self, seconds: float, values: Mapping[str, float]) -> dict[str, float]:
-        """Throughput at `seconds` a step. `tokens_per_second` counts every position of the batch, padding included."""
+    def _speed(self, seconds: float, share: float, values: Mapping[str, float]) -> dict[str, float]:
+        """Throughput at `seconds` a step of a `share` of the whole batch. `tokens_per_second` counts every position, padding included."""
         header = self._header
-        devices, flops = header["devices"], header["flops_per_step"]
+        devices, flops = header["devices"], header["flops_per_step"] * share
         speed = {
             "step_seconds": seconds,
-            "tokens_per_second": header["tokens_per_step"] / seconds,
+            "tokens_per_second": header["tokens_per_step"] * share / seconds,
             "valid_tokens_per_second": values["tokens"] / seconds,
             "tflops_per_device": flops / seconds / devices["count"] / 1e12,
         }

@@ -44,6 +44,18 @@ def test_metrics_come_back_one_step_late_with_the_step_they_belong_to(run_config
     report.close()
 
 
+def test_throughput_and_time_left_count_the_sequences_of_each_step_and_a_new_size_is_not_timed(run_config, clock, tmp_path: Path) -> None:
+    ramp = {"start": 4, "increment": 4, "steps_per_size": 3}
+    config = run_config(steps=8, batch={"global_batch": 8, "sequence_length": 16, "ramp_up": ramp})
+    run(config, clock, 8)
+    steps = lines(tmp_path)[1:]
+    assert [step["global_batch"] for step in steps] == [4, 4, 4, 8, 8, 8, 8, 8]
+    timed = {step["step"]: step["tokens_per_second"] for step in steps if "step_seconds" in step}
+    assert timed == {n: pytest.approx((4 if n < 3 else 8) * 16 / 0.5) for n in (1, 3, 4, 5, 6, 7)}  # as the next size was compiled: not 2
+    assert steps[1]["eta_seconds"] == pytest.approx(0.5 * (4 + 5 * 8) / 4)
+    assert steps[4]["eta_seconds"] == pytest.approx(0.5 * 3)
+
+
 def test_the_first_step_has_no_throughput_and_later_ones_the_time_between_the_ends_of_steps(run_config, clock, tmp_path: Path) -> None:
     config = run_config(steps=3)
     run(config, clock, 3)
