@@ -16,7 +16,7 @@ from trainer import contract
 from trainer.config.diloco import worlds_apart
 from trainer.config.flops import train_flops
 from trainer.config.layouts import batch_shards, weight_layouts
-from trainer.config.mesh import used
+from trainer.config.mesh import REPLICA_AXES, used
 from trainer.config.rules import Resolution, in_use
 from trainer.config.treatment import treatments
 from trainer.config.weights import parameter_count, weights
@@ -40,6 +40,7 @@ def explain(spec: JobSpec) -> dict[str, Any]:
         "hardware": _hardware(spec),
         "mesh": _mesh(spec, mesh),
         "batch": _batch(spec, mesh),
+        **({"restore": _restore(spec, mesh)} if spec.train.checkpoint.restore == "one_replica" else {}),
         **({"pipeline": pipeline} if pipeline else {}),
         **({"context": context} if context else {}),
         "model": _model(spec),
@@ -128,6 +129,16 @@ def _model(spec: JobSpec) -> dict[str, Any]:
         peak = tpu.peak_bf16_tflops_per_device * 1e12 * spec.layout.devices
         found["seconds_per_step_at_half_of_peak"] = round(2 * operations / peak, 4)
     return found
+
+
+def _restore(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
+    """Of a resume that one replica reads for all."""
+    axes = {axis: mesh[axis] for axis in REPLICA_AXES if mesh[axis] > 1}
+    named = " x ".join(f"{axis}={degree}" for axis, degree in axes.items())
+    return {
+        "reads": f"the hosts of the first of {math.prod(axes.values())} replicas ({named})",
+        "passed_on": "what the others have in common with it, one tensor after the other; what only they have, they read",
+    }
 
 
 def _memory(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:

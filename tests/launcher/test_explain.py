@@ -34,6 +34,12 @@ def test_tokens_of_a_run_whose_batch_grows_are_those_of_its_steps() -> None:
     assert batch["ramp_up"] == "256 sequences, 256 more every 10 steps, all from step 10 on" and batch["sizes_compiled"] == 2
 
 
+def test_a_restore_by_one_replica_names_the_replicas() -> None:
+    assert "restore" not in explain(example("v5p-128-spot"))
+    reads = explain(example("v5p-128-spot", "train.checkpoint.restore=one_replica"))["restore"]["reads"]
+    assert reads == "the hosts of the first of 4 replicas (data=4)"
+
+
 def test_llama3_8b_has_its_published_size_and_is_split_over_fsdp(spot: dict[str, Any]) -> None:
     model, memory = spot["model"], spot["memory_per_device"]
     assert model["parameters"] == 8_030_261_248 and model["layers"] == 32

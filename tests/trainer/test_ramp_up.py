@@ -35,7 +35,9 @@ def growing(directory: Path, *overrides: str, batch: dict[str, Any] = BATCH, **c
     """Two steps of 4 sequences in one microbatch, then 12 in three."""
     fixed = {"steps": STEPS, "data": {"sources": [{"type": "synthetic", "distinct_batches": 7}]}, "metrics": {"writers": ["jsonl"]}}
     mesh = () if any(word.startswith("mesh") for word in overrides) else ("mesh.ici.data=2", "mesh.ici.fsdp=2", "mesh.ici.tensor=2")
-    return config(*mesh, *overrides, run_directory=str(directory), **fixed, batch=batch, checkpoint={"every_steps": 100}, **changes)
+    restore = "all_replicas" if any("stage" in word for word in overrides) else "one_replica"  # which changes no bit
+    save = {"every_steps": 100, "restore": restore}
+    return config(*mesh, *overrides, run_directory=str(directory), **fixed, batch=batch, checkpoint=save, **changes)
 
 
 def lines(directory: Path, kind: str = "step") -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Final
 
 import jax
@@ -23,6 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from trainer.checkpoint.layout import Leaf, Move, Part, Regroup, Same
+from trainer.checkpoint.passing import on_first_replica, pass_on, shared_over
 
 if TYPE_CHECKING:
     from orbax.checkpoint import PyTreeCheckpointHandler
@@ -103,16 +105,24 @@ class _Folder:
         return self.path
 
 
-def read(folder: str, moves: tuple[Move, ...], wanted: AbstractItem) -> dict[str, jax.Array]:
-    """The wanted tensors, each read straight into its sharding; converted ones one tensor at a time."""
+Meeting = Callable[[], AbstractContextManager[None]]
+"""What a process reads inside of it is told of: it ends when all processes have read, and raises where one has failed."""
+
+
+def read(folder: str, moves: tuple[Move, ...], wanted: AbstractItem, meeting: Meeting | None = None) -> dict[str, jax.Array]:
+    """The wanted tensors, each read straight into its sharding; converted ones one tensor at a time.
+
+    With a `meeting`, what several replicas have in common is read by the first one and passed on to the others: every process
+    calls this with the same arguments.
+    """
     read_as_is = {move.path: wanted[move.path] for move in moves if isinstance(move, Same)}
-    found = _read(folder, read_as_is)
+    found = _read(folder, read_as_is, meeting)
     for move in moves:
         match move:
             case Same():
                 pass
             case Regroup(sources, targets):
-                found |= _regrouped(folder, sources, [wanted[target.path] for target in targets], targets)
+                found |= _regrouped(folder, sources, [wanted[target.path] for target in targets], targets, meeting)
     return found
 
 
@@ -127,10 +137,10 @@ def read_part(folder: str, path: str, index: tuple[int, ...]) -> np.ndarray:
 
 
 def _regrouped(
-    folder: str, sources: tuple[Part, ...], leaves: list[jax.ShapeDtypeStruct], targets: tuple[Part, ...]
+    folder: str, sources: tuple[Part, ...], leaves: list[jax.ShapeDtypeStruct], targets: tuple[Part, ...], meeting: Meeting | None
 ) -> dict[str, jax.Array]:
     """All parts of one weight. Nothing is computed: dims are joined and split."""
-    parts = _read(folder, {part.path: _read_as(part, leaves[0], targets[0]) for part in sources})
+    parts = _read(folder, {part.path: _read_as(part, leaves[0], targets[0]) for part in sources}, meeting)
     last = [sum(target.repeats for target in targets[: n + 1]) for n in range(len(targets))]
 
     def regroup(parts: list[jax.Array]) -> tuple[jax.Array, ...]:
@@ -157,7 +167,22 @@ def _read_as(part: Part, leaf: jax.ShapeDtypeStruct, target: Part) -> jax.ShapeD
     return jax.ShapeDtypeStruct(part.shape, leaf.dtype, sharding=sharding)
 
 
-def _read(folder: str, wanted: AbstractItem) -> dict[str, jax.Array]:
+def _read(folder: str, wanted: AbstractItem, meeting: Meeting | None) -> dict[str, jax.Array]:
+    if meeting is None:
+        return _read_here(folder, wanted)
+    shared = {path: axes for path, leaf in wanted.items() if (axes := shared_over(leaf.sharding))}
+    mine = {path: on_first_replica(leaf, shared[path]) if path in shared else leaf for path, leaf in wanted.items()}
+    with meeting():
+        # A process with no device of the first replica does not even open the folder for what all have in common.
+        found = _read_here(
+            folder, {path: leaf for path, leaf in mine.items() if leaf.sharding is None or leaf.sharding.addressable_devices}
+        )
+    return {
+        path: pass_on(found.pop(path, None), leaf, shared[path]) if path in shared else found.pop(path) for path, leaf in wanted.items()
+    }
+
+
+def _read_here(folder: str, wanted: AbstractItem) -> dict[str, jax.Array]:
     import orbax.checkpoint as ocp
     from etils import epath
 

@@ -184,12 +184,21 @@ class Checkpoints:
             )
         folder = f"{self._storage.root}/{step}"
         try:
-            found = {name: read(f"{folder}/{name}", made.moves, abstract_items[name]) for name, made in plans.items()}
+            meeting = self._meeting if self._config.restore == "one_replica" else None
+            found = {name: read(f"{folder}/{name}", made.moves, abstract_items[name], meeting) for name, made in plans.items()}
             if REPLICAS in abstract_items:
-                found[REPLICAS] = read_replicas(f"{folder}/{REPLICAS}", replicas, abstract_items[REPLICAS])
+                found[REPLICAS] = read_replicas(f"{folder}/{REPLICAS}", replicas, abstract_items[REPLICAS], meeting)
             return found
         except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors
             raise self._read_error(error) from error
+
+    @contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """What this process does inside succeeds on all processes, or fails on all with the cause."""
+        operation, deadline = self._operation("read")
+        with self._telling(operation, self._read_error):
+            yield
+        self._peers.barrier(operation, deadline=deadline)
 
     def _verify(self, step: int, items: tuple[str, ...] | None = None) -> list[str]:
         """What is wrong with the content of a step, all of it or these items; each process reads its share of the files. Agreed on."""

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from trainer.checkpoint.arrays import AbstractItem, describe, read
+from trainer.checkpoint.arrays import AbstractItem, Meeting, describe, read
 from trainer.checkpoint.layout import Leaf, Same
 
 ITEM: Final = "replicas"
@@ -29,10 +29,10 @@ def replica_problems(saved: Mapping[str, Leaf], wanted: AbstractItem) -> Iterato
     yield from (f"{path}: saved {leaf}, not wanted" for path, leaf in saved.items() if path not in described)
 
 
-def read_replicas(folder: str, saved: Mapping[str, Leaf], wanted: AbstractItem) -> dict[str, jax.Array]:
-    """Tensors [R, ...] from saved ones [S, ...], each in its sharding; where R is not S, one tensor at a time."""
+def read_replicas(folder: str, saved: Mapping[str, Leaf], wanted: AbstractItem, meeting: Meeting | None = None) -> dict[str, jax.Array]:
+    """Tensors [R, ...] from saved ones [S, ...], each in its sharding; where R is not S, one tensor at a time. Meeting: as of `read`."""
     same = {path: leaf for path, leaf in wanted.items() if saved[path].shape == leaf.shape}
-    found = read(folder, tuple(Same(path) for path in same), same)
+    found = read(folder, tuple(Same(path) for path in same), same, meeting)
     for path, leaf in wanted.items():
         if path not in same:
             assert isinstance(leaf.sharding, NamedSharding)
@@ -40,5 +40,5 @@ def read_replicas(folder: str, saved: Mapping[str, Leaf], wanted: AbstractItem) 
             whole = jax.ShapeDtypeStruct(saved[path].shape, leaf.dtype, sharding=everywhere)
             source = np.arange(leaf.shape[0]) % saved[path].shape[0]
             pick = jax.jit(lambda values, source=source: values[source], out_shardings=leaf.sharding)
-            found[path] = pick(read(folder, (Same(path),), {path: whole})[path])
+            found[path] = pick(read(folder, (Same(path),), {path: whole}, meeting)[path])
     return found

@@ -10,7 +10,7 @@ from trainer.config.context import Ring, Ulysses, context_fits, is_balanced
 from trainer.config.data import ArrayRecord, Bytes, JsonLines, Parquet, PythonStandardLibrary, Synthetic, Text
 from trainer.config.diloco import diloco_fits, one_world, worlds_apart, worlds_fit
 from trainer.config.layouts import batch_divides, length_shards, mesh_axes_are_used, model_divides, rules_are_known, weights_are_split
-from trainer.config.mesh import product
+from trainer.config.mesh import REPLICA_AXES, product
 from trainer.config.paths import path_fault
 from trainer.config.pipeline import pipeline_fits
 from trainer.config.problem import Problem
@@ -43,6 +43,7 @@ def check_train(config: TrainConfig, *, slices: int, devices_per_slice: int, pro
         yield from tiles_fit(config, shape)
         yield from weights_are_split(config, shape)
         yield from state_is_of_one_run(config)
+        yield from one_replica_reads_for_others(config, shape)
     yield from rules_are_known(config)
     yield from groups_select(config)
     yield from schedule_ends(config)
@@ -90,6 +91,20 @@ def state_is_of_one_run(config: TrainConfig) -> Iterator[Problem]:
     if config.diloco is not None and config.optimizer.state_memory == "host":
         message = "host, but replicas of DiLoCo keep their state on the device"
         yield Problem(path="optimizer.state_memory", message=message, hint="device", code="state-memory", value="host")
+
+
+def one_replica_reads_for_others(config: TrainConfig, shape: Mapping[str, int]) -> Iterator[Problem]:
+    """There are others that have the same."""
+    if config.checkpoint.restore == "all_replicas":
+        return
+    path, hint = "checkpoint.restore", "all_replicas, or leave it out"
+    axes = [axis for axis in REPLICA_AXES if shape.get(axis, 1) > 1]
+    if not axes:
+        message = "one_replica, but data and diloco have one index each: nobody would have it passed on"
+        yield Problem(path=path, message=message, hint=hint, code="restore", value="one_replica", limit=1)
+    elif axes == ["data"] and config.sharding.optimizer == "over_data":
+        message = "one_replica, but with sharding.optimizer: over_data every index of data keeps a part of its own"
+        yield Problem(path=path, message=message, hint=hint, code="restore", value="one_replica", limit="as_weights")
 
 
 def tiles_fit(config: TrainConfig, shape: Mapping[str, int]) -> Iterator[Problem]:

@@ -13,6 +13,9 @@ from trainer.config.base import Node
 MESH_AXES: Final = ("diloco", "data", "stage", "fsdp", "fsdp_transpose", "context", "tensor", "tensor_sequence", "expert")
 """Mesh axes in mesh order, outermost first: neighbours on the last ones are nearest on the torus."""
 
+REPLICA_AXES: Final = ("diloco", "data")
+"""Those whose indices may all have the same of a tensor, and lie on slices of their own."""
+
 Degree = Annotated[int, Field(ge=-1, le=2**20, strict=True)]
 
 

@@ -86,6 +86,9 @@ class Checkpoint(Node):
     save_timeout_seconds: PositiveInt = 1200
     """A save that is not committed after this long has failed, and with it the attempt: the next one starts from the
     newest committed step."""
+    restore: Literal["all_replicas", "one_replica"] = "all_replicas"
+    """Who reads, at a resume, what the indices of the mesh axes `data` and `diloco` have in common. `one_replica`: the hosts of the first
+    index, which pass it on to the others over the network: for many slices and a storage that is slower than what joins them."""
     start_from: str | None = None
     """A Hugging Face safetensors folder (local or gs://) that gives the first parameters of a new run."""
     allow_mismatch: tuple[str, ...] = ()

@@ -21,7 +21,7 @@ from trainer.config.run import Checkpoint
 from trainer.contract import Exit
 from trainer.errors import CheckpointError
 
-SCENARIOS = ("local", "bucket", "failed", "damaged")
+SCENARIOS = ("one_reads", "reader_fails", "local", "bucket", "failed", "damaged")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,14 @@ def answers(tmp_path_factory: pytest.TempPathFactory, gcs: Gcs) -> dict[str, Any
     make_step(storage, 5)
     flipped = max((damaged / "checkpoints/10").rglob("d/*"), key=lambda path: path.stat().st_size)
     flipped.write_bytes(bytes([flipped.read_bytes()[0] ^ 1]) + flipped.read_bytes()[1:])
-    tasks = [f"resume_and_save={local}", f"resume_and_save={bucket}", f"one_fails={failed}", f"damaged={damaged}"]
+    tasks = [
+        f"one_reads={bucket}",
+        f"reader_fails={local}",
+        f"resume_and_save={local}",
+        f"resume_and_save={bucket}",
+        f"one_fails={failed}",
+        f"damaged={damaged}",
+    ]
     reports = run_two(tasks, folder)
     return {"directories": {"local": local, "bucket": bucket}} | {
         name: [report[number] for report in reports] for number, name in enumerate(SCENARIOS)
@@ -92,6 +99,22 @@ def test_one_process_continues_what_two_saved(answers: dict[str, Any], where: st
     assert committed_steps(directory) == [40, 45]
     names = {path.partition("/")[0] for path in open_storage(f"{directory}/checkpoints").files()}
     assert names == {"40", "45"}
+
+
+def test_one_replica_reads_for_both_and_the_other_process_gets_the_same_bits_without_reading(answers: dict[str, Any]) -> None:
+    first, second = answers["one_reads"]
+    stored = sum(value.nbytes for item in values(10).values() for value in item.values())
+    assert [report["wrong"] for reports in (first, second) for report in reports.values()] == [[]] * 4
+    assert min(reports["all_replicas"]["bytes"] for reports in (first, second)) > 2 * stored  # restored twice
+    assert first["one_replica"]["bytes"] > 2 * stored
+    assert second["one_replica"]["bytes"] == 0
+
+
+def test_where_the_replica_that_reads_cannot_both_fail_with_its_cause(answers: dict[str, Any]) -> None:
+    reader, waiting = answers["reader_fails"]
+    assert "cannot be read: Input/output error" in reader["error"] and reader["code"] == Exit.CONFIG
+    assert waiting["error"].startswith("process 0: ") and waiting["error"].endswith(reader["error"])
+    assert waiting["code"] == Exit.PEER
 
 
 def test_each_process_writes_its_own_shards(answers: dict[str, Any]) -> None:

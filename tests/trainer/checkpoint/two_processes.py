@@ -17,12 +17,17 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
 from jax._src import distributed
 from jax._src.interpreters import pxla
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tests.trainer.checkpoint.states import abstract, differences, mesh, state
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint import Checkpoints, arrays
 from trainer.checkpoint.commit import committed_steps
+from trainer.checkpoint.layout import Same
 from trainer.config.run import Checkpoint
 from trainer.errors import TrainerError
 
@@ -74,6 +79,50 @@ def damaged(directory: str) -> dict[str, Any]:
     return {"latest": checkpoints.latest_step(), "skipped": [*checkpoints.skipped]}
 
 
+def one_reads(directory: str) -> dict[str, Any]:
+    """Step 10 restored with data=2 over the processes, as it was saved and unrolled: by all, then by the first replica alone."""
+    on = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    found: dict[str, Any] = {}
+    for restore in ("all_replicas", "one_replica"):
+        checkpoints = Checkpoints(Checkpoint(restore=restore), directory)
+        before, wrong = bytes_read(), list[str]()
+        for unrolled in (False, True):
+            wrong += differences(checkpoints.restore(10, abstract(on, unrolled=unrolled)), 10, on, unrolled=unrolled)
+        found[restore] = {"wrong": wrong, "bytes": bytes_read() - before}
+    return found
+
+
+def reader_fails(directory: str) -> dict[str, Any]:
+    """The replica that reads for both cannot: both learn the cause."""
+    on = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    checkpoints = Checkpoints(Checkpoint(restore="one_replica"), directory)
+    leaf = jax.ShapeDtypeStruct((16, 8), jnp.bfloat16, sharding=NamedSharding(on, PartitionSpec()))
+    read, wanted = arrays._read_here, {"embed/table": leaf}
+
+    def fails(folder: str, wanted: Any) -> Any:
+        if wanted:
+            raise OSError(5, "Input/output error")
+        return read(folder, wanted)
+
+    arrays._read_here = fails
+    try:
+        with checkpoints._telling("unused", checkpoints._read_error):
+            arrays.read(f"{directory}/checkpoints/10/params", (Same("embed/table"),), wanted, checkpoints._meeting)
+    except TrainerError as error:
+        return {"error": str(error), "code": int(error.exit_code)}
+    finally:
+        arrays._read_here = read
+    raise AssertionError("it was read")
+
+
+def bytes_read() -> int:
+    """By TensorStore in this process so far, from files and buckets."""
+    metrics = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/")
+    return sum(
+        value["value"] for metric in metrics if metric["name"].endswith(("file/bytes_read", "gcs/bytes_read")) for value in metric["values"]
+    )
+
+
 def count_programs() -> list[str]:
     """Names of the programs run from now on."""
     programs: list[str] = []
@@ -93,7 +142,13 @@ def main() -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     address = f"127.0.0.1:{port}"
     jax.distributed.initialize(address, 2, int(index), coordinator_bind_address=address, cluster_detection_method="deactivate")
-    scenarios = {"resume_and_save": resume_and_save, "one_fails": one_fails, "damaged": damaged}
+    scenarios = {
+        "one_reads": one_reads,
+        "reader_fails": reader_fails,
+        "resume_and_save": resume_and_save,
+        "one_fails": one_fails,
+        "damaged": damaged,
+    }
     for scenario in directories:
         name, _, directory = scenario.partition("=")
         print(json.dumps(scenarios[name](directory)), flush=True)
