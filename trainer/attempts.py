@@ -85,10 +85,25 @@ def without_progress(attempts: Sequence[Attempt], committed_step: int | None) ->
     return count
 
 
-_CRASH: Final = re.compile(
-    rf"{LOG_FOLDER}/attempt-(?P<attempt>\d+)\.slice-(?P<slice>\d+)\.worker-(?P<worker>\d+)\.exit-(?P<code>\d+)(?:-\d+)?\.crash\.json"
-)
+_OF_A_HOST: Final = rf"{LOG_FOLDER}/attempt-(?P<attempt>\d+)\.slice-(?P<slice>\d+)\.worker-(?P<worker>\d+)"
+_LOG: Final = re.compile(rf"{_OF_A_HOST}(?:-\d+)?\.log")
+_CRASH: Final = re.compile(rf"{_OF_A_HOST}\.exit-(?P<code>\d+)(?:-\d+)?\.crash\.json")
 _NAMED: Final = 4
+
+
+def log_stem(attempt: int, slice_index: int, worker: int) -> str:
+    """Of a host's log in its run directory."""
+    return f"{LOG_FOLDER}/attempt-{attempt}.slice-{slice_index}.worker-{worker}"
+
+
+def after_its_last_log(run_directory: str, slice_index: int, worker: int) -> int:
+    """Number of the attempt of a host whose Job replaces its pods by itself, and tells them no number: one more than its last log's."""
+    logs = (match for name in open_storage(run_directory).files(LOG_FOLDER) if (match := _LOG.fullmatch(name)))
+    return 1 + max((int(match["attempt"]) for match in logs if _host(match) == (slice_index, worker)), default=-1)
+
+
+def _host(match: re.Match[str]) -> tuple[int, int]:
+    return int(match["slice"]), int(match["worker"])
 
 
 def how_it_ended(run_directory: str, attempt: int, hosts: Sequence[tuple[int, int]]) -> str:
@@ -97,12 +112,13 @@ def how_it_ended(run_directory: str, attempt: int, hosts: Sequence[tuple[int, in
     The cluster keeps nothing of a pod that was replaced, least of all its exit code.
     """
     storage = open_storage(run_directory)
-    found = {name: match for name in storage.files(LOG_FOLDER) if (match := _CRASH.fullmatch(name)) and int(match["attempt"]) == attempt}
+    bundles = ((name, match) for name in storage.files(LOG_FOLDER) if (match := _CRASH.fullmatch(name)))
+    found = {name: match for name, match in bundles if int(match["attempt"]) == attempt and _host(match) in hosts}
     causes = {name: match for name, match in found.items() if int(match["code"]) != Exit.PEER}
     if causes:
         said = [f"slice {m['slice']}, worker {m['worker']} exited with {m['code']}: {_cause(storage.read(n))}" for n, m in causes.items()]
         return "; ".join(said[:_NAMED])
-    silent = sorted({*hosts} - {(int(match["slice"]), int(match["worker"])) for match in found.values()})
+    silent = sorted({*hosts} - {_host(match) for match in found.values()})
     if not found or not silent:
         return ""
     who = "; ".join(f"slice {slice_index}, worker {worker}" for slice_index, worker in silent[:_NAMED])

@@ -10,10 +10,10 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from trainer.attempts import how_it_ended, numbered, require_progress
+from trainer.attempts import after_its_last_log, how_it_ended, log_stem, numbered, require_progress
 from trainer.config import ConfigError, load_train_config
 from trainer.config.diloco import worlds_apart
-from trainer.contract import ATTEMPT_ENDED, DEVICES_PER_HOST, JOB_UID, LOG_FOLDER, Exit, slice_directory
+from trainer.contract import ATTEMPT_ENDED, DEVICES_PER_HOST, JOB_UID, Exit, slice_directory
 from trainer.distributed import enter_own_world, lost_connection, lost_peer, rank_from_environment, shutdown
 from trainer.distributed.preemption import install_handlers
 from trainer.errors import TrainerError
@@ -55,14 +55,16 @@ def _train(options: argparse.Namespace) -> Exit:
     rank = rank_from_environment(os.environ)
     require_jax()
     link.tell(processes=rank.process_count)
-    link.keep_output(
-        config.run_directory, f"{LOG_FOLDER}/attempt-{rank.attempt}.slice-{rank.slice_index + rank.replica}.worker-{rank.worker}"
-    )
+    job, attempt, slice_index = os.environ.get(JOB_UID, ""), rank.attempt, rank.slice_index + rank.replica
+    if job:
+        attempt = after_its_last_log(config.run_directory, slice_index, rank.worker)
+    link.keep_output(config.run_directory, log_stem(attempt, slice_index, rank.worker))
     if rank.process_index == 0:
-        if rank.attempt and (end := how_it_ended(config.run_directory, rank.attempt - 1, rank.hosts)):
-            print(f"{ATTEMPT_ENDED} {rank.attempt - 1}: {end}", flush=True)
+        hosts = [(index + rank.replica, worker) for index, worker in rank.hosts]
+        if attempt and (end := how_it_ended(config.run_directory, attempt - 1, hosts)):
+            print(f"{ATTEMPT_ENDED} {attempt - 1}: {end}", flush=True)
         directory = slice_directory(config.run_directory, rank.replica)
-        require_progress(directory, numbered(directory, rank.attempt, os.environ.get(JOB_UID, "")))
+        require_progress(directory, numbered(directory, rank.attempt, job))
     prepare_environment()
     from trainer.run import run
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.backend import Backend, BackendKind, JobStatus, LogLine
+from launcher.backend import Backend, BackendKind, JobStatus, LogLine, Manifest
 from launcher.cli.options import BackendChoice, Context, JobName, Kubeconfig, Namespace, duration
 
 EXAMPLES = """  nnxlaunch logs my-run                        every line there is: [slice/worker attempt] text
@@ -81,12 +81,19 @@ def _previous(target: Backend, status: JobStatus, slice_index: int | None, worke
     from launcher.errors import NotFound
     from launcher.observe.kept_logs import kept_lines
 
-    if status.attempt == 0:
+    slices_restart_alone = _replaces_pods(target.scene(status.name).jobset)
+    if status.attempt == 0 and not slices_restart_alone:
         raise NotFound(f"{status.name} has had no attempt before this one", hint=f"nnxlaunch logs {status.name}{options}")
     directory = target.run_directory(status.name)
     if not directory:
         raise NotFound(f"{status.name} has no run directory on record, so nothing is kept of pods that are gone")
-    return kept_lines(directory, status.attempt - 1, Selection(slice_index=slice_index, worker=worker))
+    attempt = None if slices_restart_alone else status.attempt - 1
+    return kept_lines(directory, attempt, Selection(slice_index=slice_index, worker=worker))
+
+
+def _replaces_pods(jobset: Manifest) -> bool:
+    """Whether its Jobs replace their own pods, so that the JobSet counts no attempt (DiLoCo with a world for each slice)."""
+    return any(job["template"]["spec"].get("backoffLimit") for job in jobset["spec"]["replicatedJobs"])
 
 
 def _print(lines: Iterator[LogLine], wanted: re.Pattern[str], *, follow: bool) -> None:

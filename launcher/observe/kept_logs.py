@@ -29,18 +29,23 @@ class Kept:
     name: str
 
 
-def kept_lines(run_directory: str, attempt: int, selection: Selection) -> Iterator[LogLine]:
-    """Lines of `attempt`, host by host. Raises NotFound where nothing of it is kept, Unavailable where it cannot be read."""
+def kept_lines(run_directory: str, attempt: int | None, selection: Selection) -> Iterator[LogLine]:
+    """Lines of `attempt`, host by host; without a number, of each host's attempt before its newest on record.
+
+    Raises NotFound where nothing of it is kept, Unavailable where it cannot be read.
+    """
     folder = _Bucket(run_directory) if run_directory.startswith("gs://") else _Folder(run_directory)
     found = sorted(kept for name in folder.names() if (kept := _kept(name)))
-    wanted = [
-        kept
-        for kept in found
-        if kept.attempt == attempt and selection.slice_index in (None, kept.slice_index) and selection.worker in (None, kept.worker)
-    ]
+    chosen = [kept for kept in found if selection.slice_index in (None, kept.slice_index) and selection.worker in (None, kept.worker)]
+    attempts: dict[tuple[int, int], set[int]] = {}
+    for kept in chosen:
+        attempts.setdefault((kept.slice_index, kept.worker), set()).add(kept.attempt)
+    before = {host: max(numbers - {max(numbers)}, default=-1) for host, numbers in attempts.items()}
+    wanted = [kept for kept in chosen if kept.attempt == (before[kept.slice_index, kept.worker] if attempt is None else attempt)]
     if not wanted:
         there = ", ".join(map(str, sorted({kept.attempt for kept in found}))) or "none"
-        raise NotFound(f"{run_directory}/{LOG_FOLDER} has no log of attempt {attempt}; attempts with logs: {there}")
+        which = "an attempt before the newest of its host" if attempt is None else f"attempt {attempt}"
+        raise NotFound(f"{run_directory}/{LOG_FOLDER} has no log of {which}; attempts with logs: {there}")
     for kept in wanted:
         for line in folder.lines(kept.name):
             text = line.decode("utf-8", "replace").rstrip("\r\n")

@@ -21,7 +21,7 @@ FILES = {
 }
 
 
-def told(directory: str, attempt: int, **selected: int) -> list[str]:
+def told(directory: str, attempt: int | None, **selected: int) -> list[str]:
     return [f"{line.prefix} {line.text}" for line in kept_lines(directory, attempt, Selection(**selected))]
 
 
@@ -32,6 +32,9 @@ def test_the_lines_of_one_attempt_are_read_host_by_host(tmp_path: Path) -> None:
     directory = str(tmp_path)
     assert told(directory, 1) == ["[s0/w0 a1] a1", "[s0/w0 a1] a2 without an end", "[s0/w1 a1] b1", "[s0/w1 a1] b2"]
     assert told(directory, 1, worker=1) == ["[s0/w1 a1] b1", "[s0/w1 a1] b2"]
+    assert told(directory, None) == ["[s0/w0 a1] a1", "[s0/w0 a1] a2 without an end"], "worker 1 has had one attempt only"
+    with pytest.raises(NotFound, match="no log of an attempt before the newest of its host; attempts with logs: 0, 1, 10"):
+        told(directory, None, worker=1)
     with pytest.raises(NotFound, match="no log of attempt 2; attempts with logs: 0, 1, 10"):
         told(directory, 2)
     with pytest.raises(Unavailable, match="it is a path of the job's pods"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.attempts import Attempt, how_it_ended, record_attempt, require_progress, without_progress
+from trainer.attempts import Attempt, after_its_last_log, how_it_ended, log_stem, record_attempt, require_progress, without_progress
 from trainer.checkpoint.commit import COMMIT_FILE, Commit, encode
 from trainer.contract import ATTEMPT, ATTEMPTS_FILE, CHECKPOINT_FOLDER, DEVICES_PER_HOST, TERMINATION_LOG
 from trainer.distributed import lost_peer
@@ -197,3 +197,16 @@ def test_who_ended_an_attempt_is_read_from_the_names_of_its_crash_bundles(tmp_pa
     assert how_it_ended(str(tmp_path), 0, hosts).startswith("slice 1, worker 1 ended without a word")
     logs.joinpath("attempt-1.slice-1.worker-1.exit-137-00000.crash.json").write_text('{"cause": "killed: out of memory"}')
     assert how_it_ended(str(tmp_path), 1, hosts) == "slice 1, worker 1 exited with 137: killed: out of memory"
+
+
+def test_a_host_that_is_told_no_attempt_counts_its_own_logs(tmp_path: Path) -> None:
+    def number(slice_index: int, worker: int) -> int:
+        return after_its_last_log(str(tmp_path), slice_index, worker)
+
+    assert number(1, 0) == 0
+    for attempt, ending in ((0, ".log"), (9, "-00000.log"), (9, "-00001.log"), (10, "-00000.log"), (11, ".exit-76-00000.crash.json")):
+        path = tmp_path / f"{log_stem(attempt, 1, 0)}{ending}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+    assert (number(1, 0), number(0, 0), number(1, 1), number(1, 10)) == (11, 0, 0, 0)
+    assert how_it_ended(str(tmp_path), 11, [(0, 0)]) == "", "another slice's end is not ours"

@@ -72,8 +72,12 @@ class Sender:
             end = len(data) if len(data) > LINE_BYTES else data.rfind(b"\n") + 1
             data, self._rest[stem] = data[:end], data[end:]
         if data:
+            begins = suffix == LINES and (stem, suffix) not in self._logs
             with self._complaining():
-                self._log(stem, suffix).append(data)
+                log = self._log(stem, suffix)
+                log.append(data)
+                if begins:  # that there is one tells a later process, and whoever looks, that this one has run
+                    log.flush(now=True)
 
     def flush(self) -> None:
         for log in self._logs.values():
