@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from launcher.backend.scene import Scene
-from launcher.backend.status import Event, Manifest, PodStatus, pod_status
+from launcher.backend.status import Event, Manifest, PodStatus
 from launcher.backend.values import items, mapping
 
 ABOUT_A_JOB: Final = re.compile(r"\bnnxlaunch (submit|status|why|logs|events|describe|wait|suspend|resume|restart|cancel|delete)(?= )")
@@ -35,10 +35,6 @@ class Pod:
 
     manifest: Manifest
     status: PodStatus
-
-    @classmethod
-    def of(cls, manifest: Manifest) -> Pod:
-        return cls(manifest, pod_status(manifest))
 
     @property
     def spec(self) -> Manifest:
@@ -67,9 +63,13 @@ class Pod:
 
 def pods_of(scene: Scene) -> list[Pod]:
     """Pods of the present attempt, by slice and worker."""
-    pods = [Pod.of(manifest) for manifest in scene.pods]
-    present = [pod for pod in pods if pod.status.attempt == scene.status.attempt]
-    return sorted(present, key=lambda pod: (pod.status.slice_index, pod.status.worker))
+    return [pod for pod in all_pods_of(scene) if pod.status.attempt == scene.status.attempt]
+
+
+def all_pods_of(scene: Scene) -> list[Pod]:
+    """Those of earlier attempts too."""
+    manifests = {manifest["metadata"]["name"]: manifest for manifest in scene.pods}
+    return [Pod(manifests[pod.name], pod) for pod in scene.status.pods]
 
 
 def said_by(*events: Event) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Final
 from launcher.backend.scene import Scene
 from launcher.backend.status import JobState, explain_exit
 from launcher.backend.values import items, mapping
-from launcher.observe.cause import Cause, Pod, condition_line, counted, named, one_line, pods_of, said_by
+from launcher.observe.cause import Cause, Pod, all_pods_of, condition_line, counted, named, one_line, pods_of, said_by
 from launcher.observe.history import JOB_FAILURES, KILLERS, Ended, restarts
 from trainer.contract import FATAL_EXIT_CODES, Exit
 
@@ -107,7 +107,7 @@ def looping(scene: Scene) -> Iterator[Cause]:
 
 def leaving(scene: Scene) -> Iterator[Cause]:
     """Pods that have been told to end."""
-    pods = [pod for pod in map(Pod.of, scene.pods) if pod.status.leaving]
+    pods = [pod for pod in all_pods_of(scene) if pod.status.leaving]
     if not pods:
         return
     grace = max(int(pod.spec.get("terminationGracePeriodSeconds", 30)) for pod in pods)
