@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bench import commands, loop, pipeline, startup, step
+from tests.bench import commands, loop, pipeline, scale, startup, step
 from tests.bench.measure import Row
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
@@ -24,18 +24,21 @@ MEASURES: dict[str, Callable[[], list[Row]]] = {
     "pipeline": pipeline.rows,
     "loop": loop.rows,
 }
+ON_A_CLUSTER: dict[str, Callable[[], list[Row]]] = {"scale": scale.rows}
+"""Only by name."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"default: all of {', '.join(MEASURES)}")
+    parser.add_argument("names", nargs="*", help=f"default: all of {', '.join(MEASURES)}; on a cluster: {', '.join(ON_A_CLUSTER)}")
     parser.add_argument("--no-write", action="store_true", help="leave docs/performance.md as it is")
     options = parser.parse_args()
-    if unknown := [name for name in options.names if name not in MEASURES]:
-        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(MEASURES)}")
+    known = MEASURES | ON_A_CLUSTER
+    if unknown := [name for name in options.names if name not in known]:
+        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
     missed = 0
     for name in options.names or list(MEASURES):
-        rows = MEASURES[name]()
+        rows = known[name]()
         for row in rows:
             print(
                 f"{row.name:45} {text(row.value):>8} {row.unit:6} limit {text(row.limit):>6}  {'met' if row.met else 'MISSED'}  {row.note}",

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,9 +48,22 @@ def child_json(arguments: Sequence[str], *, devices: int = 1) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of a whole process and its children."""
+
+    wall: float
+    cpu: float  # user and system
+
+
+def child_spent(arguments: Sequence[str], *, devices: int = 1) -> Spent:
+    """Run this Python with `arguments`. Raises CalledProcessError when it fails."""
+    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    subprocess.run([sys.executable, *arguments], env=environment(devices), stdout=subprocess.DEVNULL, check=True)
+    after, end = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    return Spent(wall=end - begin, cpu=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+
 def child_cpu_seconds(arguments: Sequence[str], *, devices: int = 1) -> float:
     """User and system CPU-seconds of a whole process (and its children) that must end with 0."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *arguments], env=environment(devices), stdout=subprocess.DEVNULL, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return child_spent(arguments, devices=devices).cpu

@@ -1,0 +1,108 @@
+"""A job of 64 slices of 8 hosts on 512 fake TPU nodes: how long `submit`, `status` and `why` take, and what they ask the API server.
+
+Needs the test cluster, up: KUBECONFIG and CLUSTER_HOME as `.ci/run` sets them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import yaml
+
+from launcher.backend import JobState
+from launcher.backend.kubernetes import KubernetesBackend
+from launcher.observe.report import report
+from tests.bench.measure import Row, child_spent
+
+SLICES, HOSTS = 64, 8
+RUNS = 5
+SPEC = {
+    "name": "large",
+    "tpu": {"type": "v6e-32", "slices": SLICES},
+    "image": "python:3.12-slim",  # nothing runs on a fake node
+    "directory": "gs://bucket/runs",
+    "train": {
+        "steps": 1000,
+        "model": {"preset": "qwen3-0.6b"},
+        "batch": {"global_batch": 2048, "sequence_length": 2048},
+        "mesh": {"dcn": {"data": SLICES}, "ici": {"fsdp": 32}},
+        "schedule": {"type": "constant", "learning_rate": 1e-3},
+        "data": {"sources": [{"type": "python_standard_library"}]},
+    },
+}
+
+
+def rows() -> list[Row]:
+    if missing := [name for name in ("KUBECONFIG", "CLUSTER_HOME") if name not in os.environ]:
+        raise SystemExit(f"error: {' and '.join(missing)} must say where the test cluster is; start it as .ci/run does")
+    with _nodes(), _namespace() as namespace, tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        spec = Path(folder, "job.yaml")
+        spec.write_text(yaml.safe_dump(SPEC))
+        begin = time.monotonic()
+        subprocess.run([sys.executable, "-m", "launcher", "submit", str(spec), "-n", namespace], check=True, stdout=subprocess.DEVNULL)
+        while _pods(namespace) < SLICES * HOSTS:
+            time.sleep(0.5)
+        created = time.monotonic() - begin
+        backend = KubernetesBackend(namespace=namespace)
+        assert any(status.state is JobState.RUNNING for status in backend.watch("large", timeout_seconds=300))
+        found = [Row(f"{SLICES * HOSTS} hosts: submit to all pods created", "s", created, 60, "the control plane included")]
+        for name in ("status", "why"):
+            found += _looks(backend, name, "large", "")
+        # The same again finds no place: nodes and the other jobs are read too.
+        no_room = {**SPEC, "name": "second"}
+        spec.write_text(yaml.safe_dump(no_room))
+        subprocess.run([sys.executable, "-m", "launcher", "submit", str(spec), "-n", namespace], check=True, stdout=subprocess.DEVNULL)
+        while report(backend.scene("second")).cause.code == "starting":
+            time.sleep(0.5)
+        return found + _looks(backend, "why", "second", ", no room")
+
+
+def _looks(backend: KubernetesBackend, command: str, job: str, which: str) -> list[Row]:
+    spent = [child_spent(["-m", "launcher", command, job, "-n", backend.namespace]) for _ in range(RUNS)]
+    before = backend._api.requests
+    report(backend.scene(job))
+    asked = backend._api.requests - before
+    what = f"{SLICES * HOSTS} hosts: {command}{which}"
+    ranges = [f"range {min(times):.2f}-{max(times):.2f}" for times in ([one.wall for one in spent], [one.cpu for one in spent])]
+    return [
+        Row(what, "s", median(one.wall for one in spent), 1.0, ranges[0]),
+        Row(f"{what}, CPU", "CPU-s", median(one.cpu for one in spent), 1.0, ranges[1]),
+        Row(f"{what}, requests", "count", asked, 5),
+    ]
+
+
+@contextmanager
+def _nodes() -> Iterator[None]:
+    script = [f"{os.environ['CLUSTER_HOME']}/fake-nodes.sh", "--type", "tpu-v6e-slice", "--topology", "4x8", "--pool-prefix", "bench"]
+    try:
+        subprocess.run([*script, "--slices", str(SLICES), "--hosts", str(HOSTS)], check=True, stdout=sys.stderr)
+        yield
+    finally:
+        subprocess.run([*script, "--delete"], check=True, stdout=subprocess.DEVNULL)
+
+
+@contextmanager
+def _namespace() -> Iterator[str]:
+    name = f"bench-{uuid.uuid4().hex[:8]}"
+    subprocess.run(["kubectl", "create", "namespace", name], check=True, stdout=subprocess.DEVNULL)
+    try:
+        yield name
+    finally:
+        subprocess.run(["kubectl", "delete", "namespace", name], check=True, stdout=subprocess.DEVNULL)
+
+
+def _pods(namespace: str) -> int:
+    """How many there are; asked in a way that costs the server next to nothing."""
+    path = f"/api/v1/namespaces/{namespace}/pods?limit=1"
+    page = json.loads(subprocess.run(["kubectl", "get", "--raw", path], check=True, stdout=subprocess.PIPE).stdout)
+    return len(page["items"]) + page["metadata"].get("remainingItemCount", 0)
