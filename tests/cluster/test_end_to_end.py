@@ -20,6 +20,7 @@ from google.cloud import storage as gcs
 from launcher.backend import JobState, Manifest
 from launcher.backend.kubernetes import KubernetesBackend
 from launcher.observe.report import report
+from tests.cluster.node import first_process
 from tests.cluster.test_queue import KUEUE
 from tests.cluster.tools import document, kubectl, nnxlaunch
 from tests.gcs_emulator import Gcs
@@ -92,21 +93,6 @@ def losses(storage: Gcs, directory: str) -> dict[int, list[float]]:
     return found
 
 
-def kill_host(pod: str) -> None:
-    """SIGKILL for the first process of the pod's container, from the node, which is this machine."""
-    mark = f"NNX_POD_NAME={pod}".encode()
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
-                status = (entry / "status").read_text()
-                if next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[-1] == "1":
-                    os.kill(int(entry.name), signal.SIGKILL)
-                    return
-        except OSError:
-            continue
-    raise AssertionError(f"no process of {pod} on this machine")
-
-
 def test_a_killed_host_costs_nothing_but_time(
     backend: KubernetesBackend, namespace: str, image: str, storage: Gcs, queue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +112,7 @@ def test_a_killed_host_costs_nothing_but_time(
             if "checkpoint committed: step 20" in line and not victim:
                 (victim,) = (p.name for p in backend.get("hit").pods if (p.slice_index, p.worker) == (1, 1))
             elif victim and not killed and STEP.search(line):
-                kill_host(killed := victim)
+                os.kill(first_process(killed := victim), signal.SIGKILL)
                 seen = [int(step[1]) for line in lines if (step := STEP.search(line))]
     text = "\n".join(lines)
 
