@@ -59,6 +59,8 @@ def from_status(status: int, body: str | bytes | None, *, doing: str, where: str
     if status == 404 and kind == "namespaces":
         name = details.get("name", "")
         return Unavailable(f"cannot {doing}: namespace {name!r} does not exist in {where}", hint=f"kubectl create namespace {name}")
+    if status == 404 and kind in ("pods/log", "nodes"):  # the pod is there: its kubelet has just started, or its node was deleted
+        return TemporarilyUnavailable(f"cannot {doing}: its node does not know it now: {message}", hint="try again in a moment")
     if status == 404 and not reply:
         return Unavailable(
             f"cannot {doing}: JobSet is not installed in {where}", hint=f"an administrator installs it with: {JOBSET_INSTALL}"

@@ -46,6 +46,17 @@ ANSWERS: dict[str, tuple[tuple[int, str], type[NnxlaunchError], str, str]] = {
         "not found",
         "nnxlaunch list",
     ),
+    "kubelet just started": (
+        answer(
+            404,
+            "the server could not find the requested resource ( pods/log train-slice-0-0-bj25r)",
+            "NotFound",
+            {"name": "train-slice-0-0-bj25r", "kind": "pods/log"},
+        ),
+        TemporarilyUnavailable,
+        "its node does not know it now",
+        "try again",
+    ),
     "name taken": (
         answer(409, 'jobsets.jobset.x-k8s.io "a" already exists', "AlreadyExists"),
         AlreadyExists,
