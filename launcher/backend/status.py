@@ -21,6 +21,9 @@ from trainer.contract import CONTAINER_NAME, MEANING
 Manifest = dict[str, Any]
 """A Kubernetes object as a dict."""
 
+FOLLOWERS_EXIT_CODES: Final = (75, 76, 143)
+"""Of hosts that were asked to leave or have lost a peer: seldom the cause."""
+
 JOBSET_NAME_LABEL: Final = "jobset.sigs.k8s.io/jobset-name"
 REPLICATED_JOB_LABEL: Final = "jobset.sigs.k8s.io/replicatedjob-name"
 JOB_INDEX_LABEL: Final = "jobset.sigs.k8s.io/job-index"
@@ -251,8 +254,15 @@ def failure_cause(pods: Sequence[PodStatus], jobs: Iterable[Manifest]) -> str:
         if match := _EXIT.search(message):
             pod = by_name.get(match["pod"].rpartition("/")[2])
             return _pod_cause(pod) if pod else f"pod {match['pod']} exited with {explain_exit(int(match['code']))}"
-    first = min((pod for pod in pods if pod.exit_code), key=lambda pod: str(pod.finished_at), default=None)
+    first = first_to_end(pods)
     return _pod_cause(first) if first else (failed[0][1] if failed else "")
+
+
+def first_to_end(pods: Iterable[PodStatus]) -> PodStatus | None:
+    """Of those that ended badly; of several in one second, which is all the times tell, one that did not end because of another."""
+    return min(
+        (pod for pod in pods if pod.exit_code), key=lambda pod: (str(pod.finished_at), pod.exit_code in FOLLOWERS_EXIT_CODES), default=None
+    )
 
 
 def _pod_cause(pod: PodStatus) -> str:

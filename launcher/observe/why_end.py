@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Final
 
 from launcher.backend.scene import Scene
-from launcher.backend.status import JobState, explain_exit
+from launcher.backend.status import JobState, explain_exit, first_to_end
 from launcher.backend.values import items, mapping
 from launcher.observe.cause import Cause, Pod, all_pods_of, condition_line, counted, named, one_line, pods_of, said_by
 from launcher.observe.history import JOB_FAILURES, KILLERS, Ended, restarts
@@ -195,8 +195,10 @@ def _culprit(scene: Scene) -> Pod | None:
         for condition in items(mapping(job.get("status")).get("conditions"))
         if condition["type"] in ("Failed", "FailureTarget") and condition["status"] == "True"
     ]
-    named_ = next((pod for pod in ended if any(pod.status.name in words for words in said)), None)
-    return named_ or min(ended, key=lambda pod: str(pod.status.finished_at), default=None)
+    if named_ := next((pod for pod in ended if any(pod.status.name in words for words in said)), None):
+        return named_
+    first = first_to_end(pod.status for pod in ended)
+    return next((pod for pod in ended if pod.status is first), None)
 
 
 def _how(pod: Pod | None) -> str:

@@ -180,3 +180,13 @@ def test_the_cause_is_the_pod_that_failed_its_job_not_the_one_told_to_leave() ->
         control.pod_ended(name, 143, "")
     cause = failure_cause([pod_status(p) for p in control.pods.values()], control.jobs)
     assert cause == "slice 0, worker 2 exited with 70 (software error, or several attempts without progress): a bug"
+
+
+def test_of_pods_that_ended_in_one_second_one_that_was_asked_to_leave_is_not_the_cause() -> None:
+    def ended(worker: int, code: int) -> Manifest:
+        state = {"terminated": {"exitCode": code, "finishedAt": "2026-11-21T10:00:00Z"}}
+        labels = {"batch.kubernetes.io/job-completion-index": str(worker)}
+        status = {"phase": "Failed", "containerStatuses": [{"name": "trainer", "state": state}]}
+        return {"metadata": {"name": f"job-slice-0-{worker}-abcde", "labels": labels}, "spec": {}, "status": status}
+
+    assert failure_cause([pod_status(ended(0, 143)), pod_status(ended(1, 137))], []).startswith("slice 0, worker 1 exited with 137")
