@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from launcher.backend import JobState
 from launcher.backend.kubernetes import KubernetesBackend
 from launcher.observe.report import report
 from tests.bench.measure import Row, child_spent
+from tests.cluster.tools import kubectl, own_namespace, until_told
 
 SLICES, HOSTS = 64, 8
 RUNS = 5
@@ -45,7 +45,7 @@ SPEC = {
 def rows() -> list[Row]:
     if missing := [name for name in ("KUBECONFIG", "CLUSTER_HOME") if name not in os.environ]:
         raise SystemExit(f"error: {' and '.join(missing)} must say where the test cluster is; start it as .ci/run does")
-    with _nodes(), _namespace() as namespace, tempfile.TemporaryDirectory(prefix="bench-") as folder:
+    with _nodes(), own_namespace() as namespace, tempfile.TemporaryDirectory(prefix="bench-") as folder:
         spec = Path(folder, "job.yaml")
         spec.write_text(yaml.safe_dump(SPEC))
         begin = time.monotonic()
@@ -62,8 +62,7 @@ def rows() -> list[Row]:
         no_room = {**SPEC, "name": "second"}
         spec.write_text(yaml.safe_dump(no_room))
         subprocess.run([sys.executable, "-m", "launcher", "submit", str(spec), "-n", namespace], check=True, stdout=subprocess.DEVNULL)
-        while report(backend.scene("second")).cause.code == "starting":
-            time.sleep(0.5)
+        until_told(backend, "second", "no-free-pool")
         return found + _looks(backend, "why", "second", ", no room")
 
 
@@ -91,18 +90,8 @@ def _nodes() -> Iterator[None]:
         subprocess.run([*script, "--delete"], check=True, stdout=subprocess.DEVNULL)
 
 
-@contextmanager
-def _namespace() -> Iterator[str]:
-    name = f"bench-{uuid.uuid4().hex[:8]}"
-    subprocess.run(["kubectl", "create", "namespace", name], check=True, stdout=subprocess.DEVNULL)
-    try:
-        yield name
-    finally:
-        subprocess.run(["kubectl", "delete", "namespace", name], check=True, stdout=subprocess.DEVNULL)
-
-
 def _pods(namespace: str) -> int:
     """How many there are; asked in a way that costs the server next to nothing."""
     path = f"/api/v1/namespaces/{namespace}/pods?limit=1"
-    page = json.loads(subprocess.run(["kubectl", "get", "--raw", path], check=True, stdout=subprocess.PIPE).stdout)
+    page = json.loads(kubectl("get", "--raw", path))
     return len(page["items"]) + page["metadata"].get("remainingItemCount", 0)
