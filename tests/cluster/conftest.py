@@ -6,29 +6,24 @@ Not collected by `make test`.
 
 from __future__ import annotations
 
-import json
 import os
-import uuid
 from collections.abc import Generator
 
 import pytest
 
 from launcher.backend.kubernetes import KubernetesBackend
-from tests.cluster.tools import kubectl
+from tests.cluster.node import node_address
+from tests.cluster.tools import kubectl, own_namespace
 from tests.gcs_emulator import Gcs, gcs_emulator
 
 
 @pytest.fixture(scope="session")
 def namespace() -> Generator[str]:
-    """A namespace that enforces the restricted Pod Security level."""
     missing = [name for name in ("KUBECONFIG", "TEST_IMAGE") if not os.environ.get(name)]
     if missing:
         pytest.fail(f"the cluster tests need {', '.join(missing)}; run .ci/run, or see the head of {__file__}")
-    name = f"nnx-{uuid.uuid4().hex[:8]}"
-    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    kubectl("create", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}))
-    yield name
-    kubectl("delete", "namespace", name, "--wait=false")
+    with own_namespace() as name:
+        yield name
 
 
 @pytest.fixture(scope="session")
@@ -39,8 +34,7 @@ def backend(namespace: str) -> KubernetesBackend:
 @pytest.fixture(scope="session")
 def storage() -> Generator[Gcs]:
     """An object store on the node's own address: pods and this machine reach it by the same one."""
-    address = kubectl("get", "nodes", "-o", 'jsonpath={.items[0].status.addresses[?(@.type=="InternalIP")].address}')
-    with gcs_emulator(address) as server:
+    with gcs_emulator(node_address()) as server:
         yield server
 
 

@@ -17,6 +17,10 @@ def node_name() -> str:
     return kubectl("get", "nodes", "-o", "jsonpath={.items[0].metadata.name}")
 
 
+def node_address() -> str:
+    return kubectl("get", "nodes", "-o", 'jsonpath={.items[0].status.addresses[?(@.type=="InternalIP")].address}')
+
+
 @contextmanager
 def kubelet_away() -> Generator[None]:
     """Its containers run on meanwhile, but nobody looks after them; then it is started again, as a host's is that comes back."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from launcher.backend import JobState
 from launcher.backend.kubernetes import KubernetesBackend
 from tests.cluster.tools import cheap_job, kubectl
@@ -18,8 +16,6 @@ def test_a_job_is_deleted_with_everything_that_was_made_for_it(backend: Kubernet
     owned = ("configmap/gone-train", "serviceaccount/gone", "networkpolicy/gone")
     for thing in owned:
         assert kubectl("-n", namespace, "get", thing, "-o", "jsonpath={.metadata.ownerReferences[0].kind}") == "JobSet"
-    began = time.monotonic()
     backend.delete(name)
-    assert time.monotonic() - began < 20
     left = kubectl("-n", namespace, "get", "jobsets,jobs,pods,configmaps,serviceaccounts,networkpolicies,services", "-o", "name").split()
     assert not [thing for thing in left if "/gone" in thing]

@@ -22,10 +22,10 @@ from launcher.backend.kubernetes import KubernetesBackend
 from launcher.observe.report import report
 from tests.cluster.node import first_process
 from tests.cluster.test_queue import KUEUE
-from tests.cluster.tools import document, kubectl, nnxlaunch
+from tests.cluster.tools import document, kubectl, nnxlaunch, until_told
 from tests.gcs_emulator import Gcs
 
-STEPS = 60
+STEPS = 100
 CHIPS = 4  # of each pod; the node says that it has 64, and the queue has as many as one job needs
 STEP = re.compile(rf"\[s0/w0 a0\] \[ *(\d+)/{STEPS}\]")
 TRAIN: dict[str, Any] = {
@@ -104,19 +104,22 @@ def test_a_killed_host_costs_nothing_but_time(
     backend.create(rendered(tmp_path, "hit", image, directory, storage))
 
     follow = [sys.executable, "-m", "launcher", "logs", "hit", "-f", "-n", namespace]
-    killed, victim, lines, seen = "", "", list[str](), list[int]()
+    victim, saved, killed, lines, seen = 0, False, False, list[str](), list[int]()
     with subprocess.Popen(follow, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as logs:
-        waited = report(backend.scene("hit")).cause.sentence
+        waited = until_told(backend, "hit", "quota-used")
         for line in logs.stdout or ():
             lines.append(line.rstrip("\n"))
-            if "checkpoint committed: step 20" in line and not victim:
-                (victim,) = (p.name for p in backend.get("hit").pods if (p.slice_index, p.worker) == (1, 1))
-            elif victim and not killed and STEP.search(line):
-                os.kill(first_process(killed := victim), signal.SIGKILL)
+            if not victim and STEP.search(line):
+                (pod,) = (p.name for p in backend.get("hit").pods if (p.slice_index, p.worker) == (1, 1))
+                victim = first_process(pod)
+            saved = saved or "checkpoint committed: step 20" in line
+            if saved and not killed and STEP.search(line):
+                os.kill(victim, signal.SIGKILL)
+                killed = True
                 seen = [int(step[1]) for line in lines if (step := STEP.search(line))]
     text = "\n".join(lines)
 
-    assert "google.com/tpu" in waited and "calm" in waited, waited
+    assert "google.com/tpu" in waited.sentence and "calm" in waited.sentence, waited
     status = backend.get("hit")
     assert (status.state, status.restarts_used, status.restarts_free) == (JobState.COMPLETED, 1, 0), f"{status}\n{text}"
     assert killed and "[s0/w0 a1] resumed: step" in text, text

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from launcher.backend import Manifest
+from launcher.backend.kubernetes import KubernetesBackend
 from launcher.manifest import render
+from launcher.observe.cause import Cause
+from launcher.observe.why import why
 from launcher.spec import from_document
 from trainer.contract import CONTAINER_NAME
 
@@ -18,6 +26,26 @@ def kubectl(*words: str, stdin: str | None = None) -> str:
     done = subprocess.run(["kubectl", *words], input=stdin, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, f"kubectl {' '.join(words)}: {done.stderr}"
     return done.stdout
+
+
+@contextmanager
+def own_namespace() -> Iterator[str]:
+    """A new one, which enforces the restricted Pod Security level."""
+    name = f"nnx-{uuid.uuid4().hex[:8]}"
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    kubectl("create", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}))
+    try:
+        yield name
+    finally:
+        kubectl("delete", "namespace", name, "--wait=false")
+
+
+def until_told(backend: KubernetesBackend, name: str, code: str, *, patience_seconds: float = 120) -> Cause:
+    """The cause of that code, once a look at the job finds it: controllers need a moment."""
+    deadline = time.monotonic() + patience_seconds
+    while (cause := why(backend.scene(name))).code != code:
+        assert time.monotonic() < deadline, cause
+    return cause
 
 
 def nnxlaunch(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
