@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Final
+from typing import Final, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from trainer.config.model import Norm as NormSpec
 from trainer.parallel.sharding import constrain
 
 Params = Mapping[str, nnx.Param]
+Precision = Literal["default", "highest"]
 
 ACTIVATIONS: Final[dict[str, Callable[[jax.Array], jax.Array]]] = {
     "silu": jax.nn.silu,
@@ -69,6 +70,31 @@ def _narrow_einsum_backward(subscripts: str, operands: tuple[jax.Array, jax.Arra
 
 
 _narrow_einsum.defvjp(_narrow_einsum_forward, _narrow_einsum_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rows_times_kernel(x_ND: jax.Array, kernel_DV: jax.Array, precision: Precision) -> jax.Array:
+    """The product of rows and a kernel of their dtype as float32 [N, V].
+
+    The kernel's gradient is made in the kernel's own order of dims. JAX's own comes transposed; once it is summed over a mesh
+    that cannot be undone for nothing, and the norm and every pass of the optimizer would read it across its rows.
+    Narrow operands are treated as by `einsum_float32`.
+    """
+    return jnp.einsum("ND,DV->NV", x_ND, kernel_DV, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _rows_forward(x_ND: jax.Array, kernel_DV: jax.Array, precision: Precision) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return rows_times_kernel(x_ND, kernel_DV, precision), (x_ND, kernel_DV)
+
+
+def _rows_backward(precision: Precision, operands: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_ND, kernel_DV = operands
+    gradient_NV = gradient.astype(x_ND.dtype)
+    by_rows = jnp.einsum("NV,DV->ND", gradient_NV, kernel_DV, precision=precision)
+    return by_rows, jnp.einsum("ND,NV->DV", x_ND, gradient_NV, precision=precision)
+
+
+rows_times_kernel.defvjp(_rows_forward, _rows_backward)
 
 
 class RmsNorm(nnx.Module):

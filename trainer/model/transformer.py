@@ -23,7 +23,7 @@ from trainer.model.attention import Attention, ByProducts, Cache, Context, make_
 from trainer.model.byproducts import Outputs, advance_bias, mixture_sums
 from trainer.model.dropout import Dropout
 from trainer.model.latent import LatentAttention
-from trainer.model.layers import Mlp, Params, RmsNorm, einsum_float32, lookup, select, under
+from trainer.model.layers import Mlp, Params, RmsNorm, einsum_float32, lookup, rows_times_kernel, select, under
 from trainer.model.moe import MixtureOfExperts
 from trainer.model.multi_token import Module, ahead, goes_on
 from trainer.model.remat import policy_of
@@ -257,8 +257,11 @@ class Transformer(nnx.Module):
         x_BTD = select(segments_BT != 0, x_BTD)
         # One matrix of rows: over [B, T, D], XLA on CPU writes a transposed copy of all logits for the kernel's gradient.
         x_ND = x_BTD.reshape(-1, self.spec.width)
-        with jax.default_matmul_precision(self.spec.matmul_precision):
-            logits_NV = einsum_float32("ND,VD->NV" if self.spec.tie_embeddings else "ND,DV->NV", x_ND, kernel)
+        if self.spec.tie_embeddings:
+            with jax.default_matmul_precision(self.spec.matmul_precision):
+                logits_NV = einsum_float32("ND,VD->NV", x_ND, kernel)
+        else:
+            logits_NV = rows_times_kernel(x_ND, kernel, self.spec.matmul_precision)
         logits_BTV = logits_NV.reshape(*x_BTD.shape[:2], self.spec.vocab_size)
         if self.spec.head_soft_cap is None:
             return logits_BTV
