@@ -82,3 +82,11 @@ def test_weights_are_gathered_in_every_iteration_or_once_or_once_for_every_repea
     found = collectives(Case(stages=2, repeats=2, microbatches=4, fsdp=2, gather=gather))  # pyright: ignore[reportArgumentType]
     positions = 1  # of the microbatches, once
     assert tuple(kinds["all-gather"] for kinds in found) == (GATHERS[gather][0] + positions, *GATHERS[gather][1:])
+
+
+def test_a_weight_gathered_for_an_iteration_is_whole_as_it_arrives() -> None:
+    """Its parts come one behind the other, also where another dim than its first is split: the dim of stages is not before them."""
+    case = Case(stages=2, repeats=2, microbatches=4, fsdp=2)
+    lowered = with_gradients(pipelined(case, policy=jax.checkpoint_policies.nothing_saveable)).lower(*case.inputs().values())
+    gathers = re.findall(r"= f32\[[^ ]* all-gather\(.*dimensions=\{(\d+)\}.*while/body", lowered.compile().as_text())
+    assert gathers == ["0", "0"]

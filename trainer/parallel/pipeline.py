@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
 from jax.sharding import NamedSharding, PartitionSpec
 
 from trainer.config.pipeline import PipelinePlan
 from trainer.config.pipeline_schedule import PipelineSchedule
-from trainer.parallel.sharding import constrain, current_layout, use_layout
+from trainer.parallel.sharding import Layout, constrain, current_layout, use_layout
 
 STAGE: Final = "stage"
 FSDP: Final = ("fsdp", "fsdp_transpose")
@@ -260,9 +261,33 @@ def _pick(array: jax.Array, repeat_S: jax.Array) -> jax.Array:
 
 
 def _whole(weight: StageWeight) -> jax.Array:
-    """The weight in compute dtype, gathered over the mesh axes that split it only to be stored. No gradient passes."""
+    """The weight in compute dtype, gathered over the mesh axes that split it only to be stored. No gradient passes.
+
+    Mapped over stages, the dim that is gathered is the first one meanwhile: the parts then lie one behind the other, and are the
+    whole as they arrive. Behind the dim of stages, of which a device has one, XLA on CPU copies the whole once more.
+    """
     array = jax.lax.stop_gradient(weight.stored).astype(weight.dtype)
-    return _gathered(weight, constrain(array, weight.axes, weight.path))  # gathered in compute dtype
+    array = constrain(array, weight.axes, weight.path)  # gathered in compute dtype
+    layout = current_layout()
+    if layout is None or not layout.inside_stage:
+        return _gathered(weight, array)
+    split, whole = _split(layout, weight), _split_when_whole(layout, weight)
+    changed = [dim for dim, (before, after) in enumerate(zip(split, whole, strict=True)) if before != after]
+
+    @custom_vmap
+    def gathered(array: jax.Array) -> jax.Array:
+        return _gathered(weight, array)
+
+    @gathered.def_vmap
+    def of_stages(axis_size: int, in_batched: list[bool], array_S: jax.Array) -> tuple[jax.Array, bool]:  # pyright: ignore[reportUnusedFunction]
+        dim = changed[0] + 1 if changed else 0
+        array_S = jnp.moveaxis(array_S, dim, 0)
+        for entries in ([STAGE, *split], [STAGE, *whole]):
+            spec = PartitionSpec(entries[dim], *entries[:dim], *entries[dim + 1 :])
+            array_S = jax.lax.with_sharding_constraint(array_S, NamedSharding(layout.mesh, spec))
+        return jnp.moveaxis(array_S, 0, dim), True
+
+    return gathered(array)
 
 
 def _gathered(weight: StageWeight, array: jax.Array) -> jax.Array:
@@ -270,18 +295,28 @@ def _gathered(weight: StageWeight, array: jax.Array) -> jax.Array:
     layout = current_layout()
     if layout is None or layout.mesh.size == 1:
         return array
-    spec = layout.spec(weight.axes, weight.stored.shape, weight.path)
+    spec = PartitionSpec(*_split_when_whole(layout, weight))
+    return jax.lax.with_sharding_constraint(array, NamedSharding(layout.mesh, spec))
+
+
+def _split(layout: Layout, weight: StageWeight) -> list[tuple[str, ...] | None]:
+    """The mesh axes that split each dim of a weight."""
+    spec = [(entry,) if isinstance(entry, str) else entry for entry in layout.spec(weight.axes, weight.stored.shape, weight.path)]
+    return spec + [None] * (len(weight.axes) - len(spec))
+
+
+def _split_when_whole(layout: Layout, weight: StageWeight) -> list[tuple[str, ...] | None]:
+    """Those of them that split it while a stage computes with it."""
     entries: list[tuple[str, ...] | None] = []
-    for logical, entry in zip(weight.axes, spec, strict=False):  # a spec leaves out what follows its last split dim
-        mesh_axes = (entry,) if isinstance(entry, str) else entry or ()
-        kept = () if logical == "embed" else tuple(axis for axis in mesh_axes if axis not in FSDP)
+    for logical, mesh_axes in zip(weight.axes, _split(layout, weight), strict=True):
+        kept = () if logical == "embed" else tuple(axis for axis in mesh_axes or () if axis not in FSDP)
         entries.append(kept or None)
-    return jax.lax.with_sharding_constraint(array, NamedSharding(layout.mesh, PartitionSpec(*entries)))
+    return entries
 
 
 def _as_copy_of(weight: StageWeight, used: jax.Array) -> jax.Array:
     """`used`, whose gradient goes to `weight.stored`, in its layout and dtype."""
-    dtype = weight.stored.dtype
+    dtype, layout = weight.stored.dtype, current_layout()
 
     @jax.custom_vjp
     def copy(stored: jax.Array, used: jax.Array) -> jax.Array:
@@ -289,7 +324,8 @@ def _as_copy_of(weight: StageWeight, used: jax.Array) -> jax.Array:
         return used
 
     def backward(_: None, gradient: jax.Array) -> tuple[jax.Array, None]:
-        return constrain(gradient, weight.axes, weight.path).astype(dtype), None
+        with use_layout(layout):  # of the place in the forward pass: within a stage, or not
+            return constrain(gradient, weight.axes, weight.path).astype(dtype), None
 
     copy.defvjp(lambda stored, used: (used, None), backward)
     return copy(weight.stored, used)

@@ -86,8 +86,8 @@ _current: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 
 @contextmanager
-def use_layout(layout: Layout) -> Iterator[None]:
-    """Resolve `constrain` by `layout` while tracing inside this block."""
+def use_layout(layout: Layout | None) -> Iterator[None]:
+    """Resolve `constrain` by `layout` while tracing inside this block; None: no constraint."""
     token = _current.set(layout)
     try:
         yield
