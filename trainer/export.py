@@ -32,14 +32,16 @@ def export(
     dtype: str | None = None,
     form: Format = "huggingface",
     layers: Layers = "scan",
+    weights: Literal["trained", "ema"] = "trained",
 ) -> dict[str, Any]:
     """Write parameters to the folder `out`, local or gs://.
 
     source: a run directory (of its committed steps `step`, default: the newest), a Hugging Face folder or a
     parameter-only checkpoint. dtype: `float32`, `float16` or `bfloat16`; default: that of the folder, or of the
     checkpoint the run began from, else float32. form: Hugging Face's, or a parameter-only checkpoint in our layout, with
-    `layers` stacked or one by one. Raises CheckpointError where the step is missing or damaged, `out` is not empty, or
-    no Hugging Face family describes the model.
+    `layers` stacked or one by one. weights: of a run, its parameters or the average it keeps. Raises CheckpointError
+    where the step is missing or damaged, there is no average, `out` is not empty, or no Hugging Face family describes the
+    model.
     """
     from trainer.checkpoint.huggingface import export_huggingface
     from trainer.checkpoint.parameters import export_parameters
@@ -49,7 +51,7 @@ def export(
     if target.exists() and any(target.iterdir()):
         raise CheckpointError(f"{out} is not empty", hint="give a new folder")
     with ExitStack() as opened:
-        found = open_parameters(source, opened, step=step)
+        found = open_parameters(source, opened, step=step, weights=weights)
         dtype = dtype or found.dtype
         if form == "parameters":
             facts = {"source": found.description}
@@ -82,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def run() -> None:
-        result = export(options.source, options.out, step=options.step, dtype=options.dtype, form=options.format, layers=options.layers)
+        wanted = {"step": options.step, "dtype": options.dtype, "layers": options.layers, "weights": options.weights}
+        result = export(options.source, options.out, form=options.format, **wanted)
         print(json.dumps(result, indent=2))
 
     return guarded(run)
@@ -108,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SOURCE", help="run directory, Hugging Face folder or parameter-only checkpoint, local or gs://")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder, local or gs://")
     parser.add_argument("--step", type=int, metavar="N", help="a committed step; default: the newest")
+    parser.add_argument("--weights", choices=["trained", "ema"], default="trained", help="of a run: its parameters, or their average")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: as the run's first checkpoint, else float32")
     parser.add_argument("--format", choices=["huggingface", "parameters"], default="huggingface", help="default: huggingface")
     parser.add_argument("--layers", choices=["scan", "unroll"], default="scan", help="of --format parameters: stacked, or one by one")

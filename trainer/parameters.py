@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from etils import epath
@@ -29,7 +29,9 @@ from trainer.config.model import Model
 from trainer.config.weights import Weight, weights
 from trainer.errors import CheckpointError
 
-PARAMS: Final = "params"
+Kind = Literal["trained", "ema"]
+ITEMS: Final[Mapping[Kind, str]] = {"trained": "params", "ema": "ema"}
+"""Where a checkpoint has them."""
 # What a Hugging Face folder holds besides weights; taken along.
 COMPANIONS: Final = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -54,15 +56,18 @@ class Parameters:
     max_positions: int = 2048
 
 
-def open_parameters(source: str, opened: ExitStack, *, step: int | None = None) -> Parameters:
+def open_parameters(source: str, opened: ExitStack, *, step: int | None = None, weights: Kind = "trained") -> Parameters:
     """`source` is a folder with a config.json (Hugging Face), a parameter-only checkpoint, or else a run directory.
 
+    weights: of a run, the parameters it trains or the average it keeps of them.
     opened: closes the files. Raises CheckpointError where it is none of them, does not fit its own description, or the
     step is missing or damaged.
     """
     folder = epath.Path(source)
     if not (is_parameters(source) or (folder / CONFIG_FILE).exists()):
-        return _of_run(source, step)
+        return _of_run(source, step, ITEMS[weights])
+    if weights != "trained":
+        raise CheckpointError(f"{source} is no run directory and has one set of weights", hint="leave out --weights")
     if step is not None:
         raise CheckpointError(f"{source} is no run directory and has no steps", hint="leave out --step")
     return _of_parameters(source, opened) if is_parameters(source) else _of_huggingface(source, opened)
@@ -90,16 +95,25 @@ def _of_huggingface(folder: str, opened: ExitStack) -> Parameters:
     return Parameters(folder, model, read, dtype, original=files.config, companions=_companions(folder), max_positions=longest)
 
 
-def _of_run(directory: str, step: int | None) -> Parameters:
+def require_average(where: str, items: Container[str]) -> None:
+    """Raises CheckpointError where a checkpoint, whose items these are, has no average of its parameters."""
+    if ITEMS["ema"] not in items:
+        raise CheckpointError(f"{where} has no average of its parameters", hint="leave out --weights; a run with `train.ema` keeps one")
+
+
+def _of_run(directory: str, step: int | None, item: str) -> Parameters:
     storage = open_storage(checkpoint_directory(directory))
-    step = _verified_step(storage, step)
+    step = _verified_step(storage, step, item)
     meta = json.loads(storage.read(f"{step}/{META_FILE}"))
+    if item != ITEMS["trained"]:
+        require_average(f"step {step} of {directory}", meta["items"])
     config = validate(TrainConfig, meta["run"]["config"])
-    read = _layers_of_checkpoint(f"{storage.root}/{step}/{PARAMS}", config.model, meta["items"][PARAMS])
+    read = _layers_of_checkpoint(f"{storage.root}/{step}/{item}", config.model, meta["items"][item])
     original, companions = _of_the_beginning(config)
     dtype = (original or {}).get("dtype") or (original or {}).get("torch_dtype")
     length = config.batch.sequence_length
-    return Parameters(f"step {step} of {directory}", config.model, read, dtype, step, original, companions, length)
+    what = f"step {step} of {directory}" + (", averaged" if item != ITEMS["trained"] else "")
+    return Parameters(what, config.model, read, dtype, step, original, companions, length)
 
 
 def _layers_of_checkpoint(folder: str, model: Model, saved: Mapping[str, Any]) -> ReadLayer:
@@ -129,7 +143,7 @@ def _repeats(weight: Weight) -> list[tuple[str, int | None]]:
     return [(weight.path, repeat) for repeat in range(weight.shape[0])] if weight.layer_dims else [(weight.path, None)]
 
 
-def _verified_step(storage: Storage, step: int | None) -> int:
+def _verified_step(storage: Storage, step: int | None, item: str) -> int:
     """The step, or the newest, after its parameters were compared with their checksums."""
     if step is None:
         steps = inspect(storage).steps
@@ -145,7 +159,7 @@ def _verified_step(storage: Storage, step: int | None) -> int:
             f"step {step} of {storage.root} cannot be exported: {reason}",
             hint=f"committed steps: {', '.join(map(str, steps)) or 'none'}",
         ) from None
-    needed = [path for path in commit.files if path == META_FILE or path.startswith(f"{PARAMS}/")]
+    needed = [path for path in commit.files if path == META_FILE or path.startswith(f"{item}/")]
     if wrong := verify_contents(storage, commit, needed):
         raise CheckpointError(f"step {step} of {storage.root} is damaged: {'; '.join(wrong[:3])}", hint="choose another with --step")
     return step

@@ -34,7 +34,7 @@ from trainer.parallel.compiler import check_options, compiler_options
 from trainer.parallel.sharding import Layout
 from trainer.silent import SilentTerms
 from trainer.sizes import for_each_size
-from trainer.state import StateSpec, describe_state, initial_state, state_from_items, state_items
+from trainer.state import StateSpec, describe_state, initial_state, state_from_items, state_items, with_average
 from trainer.step import Batch, EvalStep, TrainStep, make_eval_step, make_term_probe, make_train_step
 from trainer.worlds import Batches, Exchange, Programs
 
@@ -161,7 +161,11 @@ def _one_step(config: TrainConfig, spec: StateSpec, layout: Layout, reporter: Re
 
 def _first_state(config: TrainConfig, spec: StateSpec, checkpoints: Checkpoints, begin: int | None) -> nnx.State:
     if begin is not None:
-        return state_from_items(spec, checkpoints.restore(begin, state_items(spec.abstract)))
+        wanted = state_items(spec.abstract)
+        if "ema" not in wanted or "ema" in checkpoints.items(begin):
+            return state_from_items(spec, checkpoints.restore(begin, wanted))
+        del wanted["ema"]
+        return with_average(spec, state_from_items(spec, checkpoints.restore(begin, wanted)))
     if config.checkpoint.start_from is None:
         return initial_state(config, spec)
     from trainer.checkpoint.parameters import load_folder

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
@@ -34,12 +35,14 @@ class RandomKey(nnx.Variable[jax.Array]):
 
 
 class TrainState(nnx.Module):
-    """Model, optimizer and the run's random key; `optimizer.step` is the one step counter."""
+    """Model, optimizer and the run's random key; `optimizer.step` is the one step counter. `ema`, where it is kept: the average model."""
 
-    def __init__(self, model: nnx.Module, optimizer: nnx.Optimizer[Any], key: jax.Array) -> None:
+    def __init__(self, model: nnx.Module, optimizer: nnx.Optimizer[Any], key: jax.Array, ema: nnx.Module | None) -> None:
         self.model = model
         self.optimizer = optimizer
         self.key = RandomKey(key)
+        if ema is not None:
+            self.ema = ema
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def initial_state(config: TrainConfig, spec: StateSpec, parameters: Mapping[str,
 
 
 def state_items(state: nnx.State) -> Items:
-    """The state as flat dicts of arrays by path: parameters, optimizer state, the rest (step counter and random key), `replicas`.
+    """The state as flat dicts of arrays by path: parameters, optimizer state, the rest (step counter and random key), `replicas`, `ema`.
 
     Where there are replicas, `params` are the outer parameters and `opt` is the outer optimizer's state.
     """
@@ -121,9 +124,9 @@ def state_items(state: nnx.State) -> Items:
 
 
 def state_from_items(spec: StateSpec, items: Items) -> nnx.State:
-    """The inverse of `state_items`."""
-    flat = nnx.to_flat_state(spec.abstract)
-    return nnx.from_flat_state([(path, variable.replace(items[item][name])) for path, variable in flat for item, name in [_address(path)]])
+    """The inverse of `state_items`; what `items` lacks as a whole, the state lacks too."""
+    flat = [(path, variable, *_address(path)) for path, variable in nnx.to_flat_state(spec.abstract)]
+    return nnx.from_flat_state([(path, variable.replace(items[item][name])) for path, variable, item, name in flat if item in items])
 
 
 def join_path(path: tuple[Any, ...]) -> str:
@@ -135,6 +138,8 @@ def _address(path: tuple[Any, ...]) -> tuple[str, str]:
     match path:
         case ("model", *rest):
             return "params", join_path(tuple(rest))
+        case ("ema", *rest):
+            return "ema", join_path(tuple(rest))
         case ("optimizer", "opt_state", *rest):
             return "opt", join_path(tuple(rest))
         case ("replicas", *rest):
@@ -149,7 +154,18 @@ def _train_state(config: TrainConfig, model: nnx.Module, pipeline: PipelinePlan 
     mine = [treated[join_path(path)] for path, _ in nnx.to_flat_state(nnx.state(model, wrt))]
     tx = build_optimizer(config.optimizer, build_schedule(config.schedule, config.steps), mine)
     key = jax.random.key_data(random_key(config.seed))
-    return TrainState(model, nnx.Optimizer(model, tx, wrt=wrt), key)
+    return TrainState(model, nnx.Optimizer(model, tx, wrt=wrt), key, _copy(model) if config.ema else None)
+
+
+def _copy(model: nnx.Module) -> nnx.Module:
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, jax.tree.map(jnp.copy, state))
+
+
+def with_average(spec: StateSpec, state: nnx.State) -> nnx.State:
+    """`state` of a run without an average, as that of a run whose average begins with its parameters."""
+    program = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=spec.shardings["ema"])
+    return nnx.State({**state, "ema": program(state["model"])})
 
 
 def trained(config: TrainConfig, model: nnx.Module, pipeline: PipelinePlan | None) -> nnx.filterlib.Filter:

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from trainer.config.optimizer import Loss
+from trainer.config.run import Ema
 from trainer.config.terms import Term, eval_terms, loss_terms, model_terms
 from trainer.config.train import TrainConfig
 from trainer.ledger import Batch, Forward, Statistics, counts_of, forward_sums, ledger_metrics, mean_loss, targets_ahead
@@ -27,7 +28,7 @@ from trainer.parallel.context import balance
 from trainer.parallel.sharding import Layout, constrain, use_layout
 from trainer.replicas import over_replicas
 from trainer.silent import TermProbe
-from trainer.state import StateSpec, fetched, gathered, stored
+from trainer.state import StateSpec, TrainState, fetched, gathered, stored
 
 NOISE: Final = "noise"
 """Beside the arrays of a batch, where there is dropout: a random number of each token, uint32 [B, T]."""
@@ -91,19 +92,30 @@ def _one_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> TrainStep
             if statistics:
                 metrics |= statistics_metrics(statistics)
                 train.model.advance(statistics)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+            if config.ema is not None:
+                _follow(config.ema, train)
             return stored(spec, nnx.state(train)) if offloaded else nnx.state(train), metrics
 
     return train_step
 
 
+def _follow(config: Ema, train: TrainState) -> None:
+    """Moves the average towards the parameters as the step leaves them."""
+    n = (train.optimizer.step[...] - 1).astype(jnp.float32)
+    share = 1 - (jnp.minimum(config.decay, (1 + n) / (10 + n)) if config.warm_up else jnp.float32(config.decay))
+    # As a difference, so that a parameter that does not move has itself as its average, to the bit.
+    nnx.update(train.ema, jax.tree.map(lambda mean, new: mean + share * (new - mean), nnx.state(train.ema), nnx.state(train.model)))
+
+
 def make_eval_step(config: TrainConfig, spec: StateSpec, layout: Layout) -> EvalStep:
     """The jitted `(state, sums so far, batch) -> sums`, those of `eval_terms` among them; the state is only read."""
     terms = eval_terms(config)
+    weights = "ema" if config.eval is not None and config.eval.weights == "ema" else "model"
 
     def eval_step(state: nnx.State, sums: LossSums, batch: Batch) -> LossSums:
         with use_layout(layout.of_batch(config).in_steps(config)):
             batch = balance(batch)
-            model = nnx.merge(spec.model, gathered(config, state["model"]))
+            model = nnx.merge(spec.model, gathered(config, state[weights]))
             return sums + forward_sums(config, _forward(config, model, batch, terms), batch, terms)
 
     return jax.jit(eval_step, donate_argnums=1, out_shardings=layout.replicated)

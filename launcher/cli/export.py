@@ -10,6 +10,7 @@ import typer
 
 EXAMPLES = """  nnxlaunch export gs://bucket/my-run --out exported           the newest checkpoint, for Hugging Face
   nnxlaunch export runs/my-run --out exported --step 1000      another one
+  nnxlaunch export runs/my-run --out mean --weights ema        the average of its parameters
   nnxlaunch export runs/my-run --out kept --format parameters  parameters alone, in the trainer's own layout
 """
 
@@ -25,6 +26,11 @@ class Format(StrEnum):
     PARAMETERS = "parameters"
 
 
+class Weights(StrEnum):
+    TRAINED = "trained"
+    EMA = "ema"
+
+
 class Layers(StrEnum):
     SCAN = "scan"
     UNROLL = "unroll"
@@ -37,6 +43,9 @@ def command(
     ],
     out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="A new folder, local or gs://.")],
     step: Annotated[int | None, typer.Option("--step", min=0, help="A committed step; default: the newest.")] = None,
+    weights: Annotated[
+        Weights, typer.Option("--weights", help="Of a run: its parameters, or the average that it keeps of them (`train.ema`).")
+    ] = Weights.TRAINED,
     dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Default: as the checkpoint the run began from, else float32.")] = None,
     form: Annotated[
         Format, typer.Option("--format", help="Hugging Face safetensors, or a parameter-only checkpoint in the trainer's layout.")
@@ -47,7 +56,7 @@ def command(
 
     Needs the trainer's packages. Weights are read and written one layer at a time.
     """
-    arguments = [source, "--out", out, "--format", form.value, "--layers", layers.value]
+    arguments = [source, "--out", out, "--format", form.value, "--layers", layers.value, "--weights", weights.value]
     arguments += ["--step", str(step)] if step is not None else []
     arguments += ["--dtype", dtype.value] if dtype is not None else []
     run_trainer_module("trainer.export", arguments)

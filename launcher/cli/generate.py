@@ -15,6 +15,11 @@ EXAMPLES = """  nnxlaunch generate gs://bucket/my-run --prompt "Once upon a time
 """
 
 
+class Weights(StrEnum):
+    TRAINED = "trained"
+    EMA = "ema"
+
+
 class Dtype(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -30,6 +35,7 @@ def command(
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", metavar="TEXT", help="What to continue; may be repeated.")] = [],  # noqa: B006
     prompts: Annotated[Path | None, typer.Option("--prompts", help="A file with one prompt on each line; `-`: standard input.")] = None,
     step: Annotated[int | None, typer.Option("--step", min=0, help="A committed step of the run; default: the newest.")] = None,
+    weights: Annotated[Weights, typer.Option("--weights", help="Of a run: its parameters, or the average it keeps.")] = Weights.TRAINED,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="New tokens for each prompt, at most.")] = 128,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0: always the most likely token.")] = 0.0,
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="Draw from the K most likely tokens; 0: all.")] = 0,
@@ -59,6 +65,7 @@ def command(
     options = {
         "prompts": prompts,
         "step": step,
+        "weights": weights,
         "max-tokens": max_tokens,
         "temperature": temperature,
         "top-k": top_k,

@@ -122,7 +122,7 @@ def _model(spec: JobSpec) -> dict[str, Any]:
         "parameters": parameter_count(model),
         "layers": model.layer_count,
         "flops_per_step": operations,
-        "checkpoint_bytes": 4 * parameter_count(model)
+        "checkpoint_bytes": 4 * parameter_count(model) * (2 if spec.train.ema else 1)
         + sum(m.bytes for t in treatments(spec.train.optimizer, weights(model)) for m in t.moments),
     }
     if tpu is not None:
@@ -145,6 +145,7 @@ def _memory(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
     memory = device_memory(spec.world, mesh, tpu=spec.layout.tpu is not None)
     found: dict[str, Any] = {
         "parameters": memory.parameters,
+        **({"average": memory.average} if memory.average else {}),
         "optimizer": memory.optimizer,
         "gradients": memory.gradients,
         "saved_activations_estimate": memory.saved_activations,

@@ -33,12 +33,15 @@ class Memory:
     saved_activations: int
     layer_at_work: int
     logits: int
+    average: int = 0
+    """Of the parameters, where the run keeps it."""
     pipeline: int = 0
     """Microbatches that wait at a stage, with their gradients, and weights that are whole for more than one layer at work."""
 
     @property
     def total(self) -> int:
-        return self.parameters + self.optimizer + self.gradients + self.saved_activations + self.layer_at_work + self.logits + self.pipeline
+        kept = self.parameters + self.average + self.optimizer + self.gradients
+        return kept + self.saved_activations + self.layer_at_work + self.logits + self.pipeline
 
 
 def device_memory(config: TrainConfig, mesh: Mapping[str, int], *, tpu: bool = False) -> Memory:
@@ -76,6 +79,7 @@ def device_memory(config: TrainConfig, mesh: Mapping[str, int], *, tpu: bool = F
         saved_activations=saved,
         layer_at_work=working,
         logits=2 * FLOAT32 * tokens * math.ceil(model.vocab_size / tensor) // config.loss.tiles,
+        average=average_bytes(config, mesh) if config.ema is not None else 0,
         pipeline=pipeline,
     )
 
@@ -105,6 +109,11 @@ def _stages(config: TrainConfig, plan: PipelinePlan, segment: Segment, tokens: i
         at_work=(2 * layers * everything * of_microbatch + weights) * width_bytes,
         held=(waiting + more_whole * weights) * width_bytes,
     )
+
+
+def average_bytes(config: TrainConfig, mesh: Mapping[str, int]) -> int:
+    """A float32 tensor for each weight, laid out as it is stored."""
+    return sum(FLOAT32 * _stored_elements(config, weight, mesh) for weight, _ in weight_layouts(config, mesh))
 
 
 def optimizer_bytes(config: TrainConfig, mesh: Mapping[str, int]) -> int:

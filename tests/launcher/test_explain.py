@@ -34,6 +34,14 @@ def test_tokens_of_a_run_whose_batch_grows_are_those_of_its_steps() -> None:
     assert batch["ramp_up"] == "256 sequences, 256 more every 10 steps, all from step 10 on" and batch["sizes_compiled"] == 2
 
 
+def test_an_average_is_as_large_as_the_parameters_in_memory_and_in_checkpoints() -> None:
+    plain, kept = (explain(example("v5p-128-spot", *words)) for words in ((), ("train.ema={decay: 0.999}",)))
+    memory = kept["memory_per_device"]
+    assert memory["average"] == memory["parameters"] and "average" not in plain["memory_per_device"]
+    assert memory["total_estimate"] == plain["memory_per_device"]["total_estimate"] + memory["average"]
+    assert kept["model"]["checkpoint_bytes"] == plain["model"]["checkpoint_bytes"] + 4 * 8_030_261_248
+
+
 def test_a_restore_by_one_replica_names_the_replicas() -> None:
     assert "restore" not in explain(example("v5p-128-spot"))
     reads = explain(example("v5p-128-spot", "train.checkpoint.restore=one_replica"))["restore"]["reads"]

@@ -96,6 +96,12 @@ class Checkpoints:
             self._require_commit(step)
         return self._document(step)["run"]
 
+    def items(self, step: int) -> frozenset[str]:
+        """Names of what the step holds. Raises CheckpointError where it is not committed."""
+        if step not in self._verified:
+            self._require_commit(step)
+        return frozenset(self._document(step)["items"])
+
     def save(self, step: int, items: Mapping[str, Item], meta: Mapping[str, Any]) -> None:
         """Begin to save; returns when the values are copied off the devices, so the arrays may be donated at once.
 

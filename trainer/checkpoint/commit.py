@@ -22,7 +22,7 @@ from trainer.errors import CheckpointError
 
 COMMIT_FILE: Final = "commit.json"
 META_FILE: Final = "meta.json"
-ITEMS: Final = ("params", "opt", "rest", "replicas")
+ITEMS: Final = ("params", "opt", "rest", "replicas", "ema")
 """Folders of a step; a run without replicas has no `replicas`."""
 FORMAT: Final = 1
 OWN_NAMES: Final = frozenset({*ITEMS, META_FILE, COMMIT_FILE})

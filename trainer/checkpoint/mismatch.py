@@ -18,6 +18,7 @@ FREE: Final[dict[str, str]] = {
     "batch.accumulation": "the same global batch in other portions; results agree to rounding",
     "model.layers": "stacked and unrolled parameters are converted at load",
     "model.remat": "recomputing changes memory and time, not results",
+    "ema": "an average beside the training state; it begins with the parameters where the checkpoint has none",
     "eval": "evaluation does not touch the training state",
     "checkpoint": "when and what to save does not touch the training state",
     "metrics": "reporting only",

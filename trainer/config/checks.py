@@ -44,6 +44,7 @@ def check_train(config: TrainConfig, *, slices: int, devices_per_slice: int, pro
         yield from weights_are_split(config, shape)
         yield from state_is_of_one_run(config)
         yield from one_replica_reads_for_others(config, shape)
+        yield from averages_are_there(config)
     yield from rules_are_known(config)
     yield from groups_select(config)
     yield from schedule_ends(config)
@@ -91,6 +92,17 @@ def state_is_of_one_run(config: TrainConfig) -> Iterator[Problem]:
     if config.diloco is not None and config.optimizer.state_memory == "host":
         message = "host, but replicas of DiLoCo keep their state on the device"
         yield Problem(path="optimizer.state_memory", message=message, hint="device", code="state-memory", value="host")
+
+
+def averages_are_there(config: TrainConfig) -> Iterator[Problem]:
+    """An average is kept of parameters that move with every step, and evaluated where it is kept."""
+    if config.ema is not None and config.diloco is not None:
+        message = "the outer parameters of DiLoCo move at a sync only, and are an average of the replicas already"
+        yield Problem(path="ema", message=message, hint="leave it out", code="ema")
+    if config.ema is None and config.eval is not None and config.eval.weights == "ema":
+        yield Problem(
+            path="eval.weights", message="ema, but the run keeps no average", hint="add `ema: {decay: 0.999}`", code="ema", value="ema"
+        )
 
 
 def one_replica_reads_for_others(config: TrainConfig, shape: Mapping[str, int]) -> Iterator[Problem]:

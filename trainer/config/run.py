@@ -72,8 +72,21 @@ class Batch(Node):
         return self.model_copy(update={"global_batch": sequences, "accumulation": accumulation, "ramp_up": None})
 
 
+class Ema(Node):
+    """An average of the parameters that follows them: after each update it moves the share 1 - decay of the way to them.
+
+    It begins at the first parameters, is stored in float32 as they are, and changes nothing in training.
+    """
+
+    decay: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+    warm_up: bool = False
+    """In step n at most (1 + n) / (10 + n), so that the first parameters are soon forgotten."""
+
+
 class Eval(Node):
     every_steps: PositiveInt
+    weights: Literal["trained", "ema"] = "trained"
+    """`ema`: evaluate the average of `ema` instead of the parameters themselves."""
     global_batch: PositiveInt | None = None
     """Sequences per evaluation batch. Default: the training batch's."""
 

@@ -14,7 +14,7 @@ from trainer.config.mesh import Mesh
 from trainer.config.model import Model
 from trainer.config.optimizer import AdamW, Loss, Optimizer, Schedule
 from trainer.config.pipeline import Pipeline
-from trainer.config.run import Batch, Checkpoint, Distributed, Eval, Metrics, Profiler
+from trainer.config.run import Batch, Checkpoint, Distributed, Ema, Eval, Metrics, Profiler
 from trainer.config.sharding import Sharding
 
 
@@ -36,6 +36,8 @@ class TrainConfig(Node):
     schedule: Schedule
     loss: Loss = Loss()
     data: Data
+    ema: Ema | None = None
+    """Keep a moving average of the parameters, for evaluation, export and decoding."""
     eval: Eval | None = None
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()

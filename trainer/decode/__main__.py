@@ -62,7 +62,7 @@ def _generate(options: argparse.Namespace) -> None:
     texts = [*options.prompt, *_lines(options.prompts)]
     if not texts:
         raise DataError("there is no prompt", hint="give --prompt TEXT, or --prompts FILE with one on each line")
-    source = open_source(options.source, step=options.step)
+    source = open_source(options.source, step=options.step, weights=options.weights)
     named = chosen_tokenizer(options.tokenizer) if options.tokenizer else source.tokenizer
     if named is None:
         raise DataError(f"{options.source} has no tokenizer", hint="give --tokenizer: a tokenizer.json, a SentencePiece .model, or `bytes`")
@@ -174,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     parser.add_argument("--prompts", metavar="FILE", help="one prompt on each line; `-` reads standard input")
     parser.add_argument("--step", type=int, metavar="N", help="a committed step of the run; default: the newest")
+    parser.add_argument("--weights", choices=["trained", "ema"], default="trained", help="of a run: its parameters, or their average")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="new tokens for each prompt; default: 128")
     parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, always the most likely token")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K most likely tokens; default: all")

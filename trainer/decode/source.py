@@ -25,6 +25,7 @@ from trainer.config.run import Checkpoint
 from trainer.config.weights import Weight, weights
 from trainer.errors import CheckpointError
 from trainer.parallel.sharding import Layout
+from trainer.parameters import ITEMS, Kind, require_average
 
 Parameters = dict[str, jax.Array]
 
@@ -43,12 +44,15 @@ class Source:
     """Parameters in the dtype and sharding of their abstract leaves."""
 
 
-def open_source(path: str, *, step: int | None = None) -> Source:
+def open_source(path: str, *, step: int | None = None, weights: Kind = "trained") -> Source:
     """A folder with a config.json is a Hugging Face folder, one with a parameters.json a parameter-only checkpoint, any other a
-    run directory; `step` is one of its committed steps.
+    run directory; `step` is one of its committed steps, `weights` its parameters or the average it keeps of them.
 
     Raises CheckpointError where it is none of them, or the step is missing or damaged.
     """
+    folder = is_parameters(path) or (epath.Path(path) / "config.json").exists()
+    if folder and weights != "trained":
+        raise CheckpointError(f"{path} is no run directory and has one set of weights", hint="leave out --weights")
     if is_parameters(path):
         if step is not None:
             raise CheckpointError(f"{path} is a parameter-only checkpoint and has no steps", hint="leave out --step")
@@ -57,7 +61,7 @@ def open_source(path: str, *, step: int | None = None) -> Source:
         if step is not None:
             raise CheckpointError(f"{path} is a Hugging Face folder and has no steps", hint="leave out --step")
         return _huggingface(path)
-    return _run(path, step)
+    return _run(path, step, ITEMS[weights])
 
 
 def for_decoding(model: Model, *, dtype: str | None = None) -> Model:
@@ -80,21 +84,25 @@ def _abstract(weight: Weight, model: Model, layout: Layout) -> jax.ShapeDtypeStr
     return jax.ShapeDtypeStruct(weight.shape, jnp.dtype(dtype), sharding=layout.sharding(weight.axes, weight.shape))
 
 
-def _run(directory: str, step: int | None) -> Source:
+def _run(directory: str, step: int | None, item: str) -> Source:
     checkpoints = Checkpoints(Checkpoint(), directory)
     if step is None and (step := checkpoints.latest_step()) is None:
         hint = "give the run_directory of a run that has saved, or a Hugging Face folder"
         raise CheckpointError(f"{checkpoint_directory(directory)} holds no committed step", hint=hint)
     config = validate(TrainConfig, checkpoints.meta(step)["config"])
+    described = f"step {step} of {directory}"
+    if item != ITEMS["trained"]:
+        require_average(described, checkpoints.items(step))
+        described += ", averaged"
 
     def read(abstract: dict[str, jax.ShapeDtypeStruct], model: Model) -> Parameters:
         stored = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding) for path, leaf in abstract.items()}
-        values = checkpoints.restore(step, {"params": stored})["params"]
+        values = checkpoints.restore(step, {item: stored})[item]
         for path, leaf in abstract.items():  # one by one, so that few exist in both dtypes
             values[path] = values[path].astype(leaf.dtype)
         return values
 
-    return Source(f"step {step} of {directory}", config.model, config.data.tokenizer, (), read)
+    return Source(described, config.model, config.data.tokenizer, (), read)
 
 
 def _huggingface(folder: str) -> Source:
