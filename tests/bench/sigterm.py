@@ -27,7 +27,7 @@ from tests.cluster.test_end_to_end import TRAIN
 from tests.cluster.tools import document, kubectl, own_namespace
 from tests.gcs_emulator import gcs_emulator
 
-ROUNDS = 4
+ROUNDS = 2
 NAME = "signalled"
 TRACING = Path("/sys/kernel/tracing")
 EVENT = re.compile(r"-(?P<current>\d+) .* (?P<seconds>\d+\.\d+): (?P<what>signal_\w+): sig=15 .*?(?:pid=(?P<target>\d+) |$)", re.MULTILINE)
