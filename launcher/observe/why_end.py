@@ -56,9 +56,7 @@ def failed(scene: Scene) -> Cause:
         )
     if pod and code in FATAL_EXIT_CODES and not out_of_budget:
         words = f": {one_line(pod.status.message)}" if pod.status.message not in ("", "Error") else ""
-        advice = _ADVICE.get(
-            code, "its last lines say why" if words else f"is {pod.image} an image of the trainer? Its last lines say why"
-        )
+        advice = _ADVICE.get(code, "its last lines say why" if words else f"is {pod.image} an image of the trainer? Its last lines say why")
         return Cause(
             code="fatal-exit",
             sentence=f"{pod.where} exited with {explain_exit(code)}{words}; a restart cannot help, so the job was stopped",
