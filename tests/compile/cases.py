@@ -35,7 +35,8 @@ def job_of(case: Case) -> JobSpec:
     sequences, length = (int(part) for part in case["batch"].split("x"))
     model = {**SMALL_MODELS.get(case["model"], {"preset": case["model"]}), "remat": case.get("remat", "full")}
     if "layers" in case:
-        model["segments"] = [{**_segment(case["model"]), "repeats": case["layers"]}]
+        segments = model["segments"] if "segments" in model else _segments(case["model"])
+        model["segments"] = [{**segments[0], "repeats": case["layers"]}]
     document = {
         "name": case["name"],
         "tpu": {"type": case["tpu"], "slices": case.get("slices", 1)},
@@ -57,11 +58,11 @@ def job_of(case: Case) -> JobSpec:
     return spec
 
 
-def _segment(preset: str) -> dict[str, Any]:
+def _segments(preset: str) -> list[dict[str, Any]]:
     import trainer.config
 
     path = Path(trainer.config.__file__).parent / "model_presets" / f"{preset}.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8"))["segments"][0]
+    return yaml.safe_load(path.read_text(encoding="utf-8"))["segments"]
 
 
 def same_direction(region: str, name: str) -> bool:
