@@ -23,11 +23,11 @@ Options = dict[str, Any]
 def compiler_options(config: Compiler, mesh: Mesh) -> Options | None:
     """Options by name for the devices of `mesh`; None where there are none.
 
-    Defaults are those of the device kind, where `fsdp` alone splits anything: the compiler refuses some options for some programs, and
-    they were tried on such steps.
+    Defaults are those of the device kind, where `fsdp` alone splits the devices of a slice and slices hold copies of the weights: the
+    compiler refuses some options for some programs, and they were tried on such steps.
     """
     found: Options = {}
-    if config.default_options and used(dict(mesh.shape)).keys() == {"fsdp"}:
+    if config.default_options and _axes_within_a_slice(mesh) == {"fsdp"}:
         found = {name: entry["value"] for name, entry in _defaults().get(mesh.devices.flat[0].device_kind, {}).items()}
     found |= config.options
     return {name: value for name, value in found.items() if value is not None} or None
@@ -49,6 +49,13 @@ def check_options(config: Compiler, device: Device) -> None:
             problems.append(Problem(path=f"compiler.options.{name}", message=message, hint=hint, code="compiler-option", value=value))
     if problems:
         raise ConfigError(problems)
+
+
+def _axes_within_a_slice(mesh: Mesh) -> set[str]:
+    """Mesh axes of more than one device, without `data` where it counts the slices."""
+    shape = used(dict(mesh.shape))
+    slices = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
+    return {axis for axis, size in shape.items() if not (axis == "data" and slices > 1 and size == slices)}
 
 
 @cache
