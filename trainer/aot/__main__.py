@@ -76,7 +76,9 @@ def compile_and_report(config: Any, target: Target, save: str | None, hlo: str |
         words = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" in words:
             return too_large(config, target, layout, words)
-        raise CompilerRefused(f"the compiler refused the step: {words}", hint="try without compiler.options") from None
+        raise CompilerRefused(
+            f"the compiler refused the step: {words}", hint="try without compiler.options, or with compiler.default_options=false"
+        ) from None
     found = report(config, target, compiled)
     if hlo is not None:
         with open(hlo, "w", encoding="utf-8") as file:
