@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import jax
 import yaml
@@ -19,16 +19,21 @@ if TYPE_CHECKING:
 
 Options = dict[str, Any]
 
+# Generations whose options were also tried on steps of several slices.
+_TRIED_ON_SLICES: Final = ("TPU v5 lite", "TPU v6 lite")
+
 
 def compiler_options(config: Compiler, mesh: Mesh) -> Options | None:
     """Options by name for the devices of `mesh`; None where there are none.
 
-    Defaults are those of the device kind, where `fsdp` alone splits the devices of a slice and slices hold copies of the weights: the
-    compiler refuses some options for some programs, and they were tried on such steps.
+    Defaults are those of the device kind, where `fsdp` alone splits anything, or on some kinds where slices hold copies of weights that
+    `fsdp` splits: the compiler refuses some options for some programs, and they were tried on such steps.
     """
     found: Options = {}
-    if config.default_options and _axes_within_a_slice(mesh) == {"fsdp"}:
-        found = {name: entry["value"] for name, entry in _defaults().get(mesh.devices.flat[0].device_kind, {}).items()}
+    kind = mesh.devices.flat[0].device_kind
+    axes = _axes_within_a_slice(mesh) if kind in _TRIED_ON_SLICES else used(dict(mesh.shape)).keys()
+    if config.default_options and axes == {"fsdp"}:
+        found = {name: entry["value"] for name, entry in _defaults().get(kind, {}).items()}
     found |= config.options
     return {name: value for name, value in found.items() if value is not None} or None
 

@@ -15,19 +15,19 @@ from trainer.parallel.compiler import compiler_options
 OFFLOADED = "xla_tpu_enable_sparse_core_collective_offload_all_gather"
 
 
-def described(slices: int) -> np.ndarray:
-    """Devices of so many slices of four chips of v5p, slice after slice."""
+def described(topology: str, slices: int) -> np.ndarray:
+    """Devices of so many slices that are not here, slice after slice."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TPU_SKIP_MDS_QUERY", "1")
         environment.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         options = {"num_slices": slices} if slices > 1 else {}
-        devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1", **options).devices
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     return np.array(sorted(devices, key=lambda device: getattr(device, "slice_index", 0)))
 
 
 @pytest.fixture(scope="module")
 def v5p() -> Mesh:
-    return Mesh(described(1), ("fsdp",))
+    return Mesh(described("v5p:2x2x1", 1), ("fsdp",))
 
 
 def test_the_options_of_a_kind_hold_until_the_config_says_otherwise(v5p: Mesh) -> None:
@@ -44,12 +44,13 @@ def test_steps_of_a_kind_that_was_not_tried_have_none(v5p: Mesh) -> None:
     assert compiler_options(config().compiler, between) is None
 
 
-def test_slices_that_hold_copies_of_the_weights_have_the_options_of_one(v5p: Mesh) -> None:
-    devices = described(2)
+def test_slices_that_hold_copies_of_the_weights_have_the_options_of_one_where_that_was_tried() -> None:
+    devices = described("v6e:2x2", 2)
     copies = Mesh(devices.reshape(2, 4), ("data", "fsdp"))
-    assert compiler_options(config().compiler, copies) == compiler_options(config().compiler, v5p)
-    copies_within_slices = Mesh(devices.reshape(4, 2), ("data", "fsdp"))
-    assert compiler_options(config().compiler, copies_within_slices) is None
+    alone = compiler_options(config().compiler, Mesh(devices[:4], ("fsdp",)))
+    assert alone is not None and compiler_options(config().compiler, copies) == alone
+    assert compiler_options(config().compiler, Mesh(devices.reshape(4, 2), ("data", "fsdp"))) is None
+    assert compiler_options(config().compiler, Mesh(described("v5p:2x2x1", 2).reshape(2, 4), ("data", "fsdp"))) is None
 
 
 def test_devices_without_options_of_their_own_have_none() -> None:
