@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxlib._jax import Device
 
 # Two cores of a v4 chip are one device, as they are at run time; the other families need no word.
-_CHIP_CONFIG = {"v4": "megachip_tccontrol"}
+_CHIP_CONFIG = {"v4": "megacore"}
 
 
 @dataclass(frozen=True)
