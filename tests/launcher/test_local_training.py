@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from launcher.backend.local_state import IDENTITY_ANNOTATION, STATE_VARIABLE, Jo
 from launcher.manifest import render
 from launcher.spec import from_document
 from tests.launcher.local_jobs import TRAIN, container_of, document, last, until
+from tests.namespaces import pid_namespace
 from trainer.checkpoint.commit import committed_steps
 
 STEPS = 500  # of some milliseconds each: far more than pass between a signal and the agreement to leave
@@ -35,25 +34,12 @@ def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalBa
         backend.delete(status.name)
 
 
-@cache
-def namespace() -> tuple[str, ...]:
-    """What starts a program as PID 1 of a PID namespace; nothing where this system does not allow it to this user."""
-    own = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
-    for prefix in (own, (*own, "--user", "--map-root-user")):
-        try:
-            if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode == 0:
-                return prefix
-        except FileNotFoundError:
-            break
-    return ()
-
-
 def trainer_pid(folder: JobFolder, worker: int, attempt: int) -> int | None:
     """Host process id of a pod's `python -m trainer`, which may be PID 1 of a namespace."""
     for pod in folder.read().pods:
         if pod["metadata"]["name"] == f"job-slice-0-{worker}-a{attempt}" and IDENTITY_ANNOTATION in pod["metadata"]["annotations"]:
             pid = int(pod["metadata"]["annotations"][IDENTITY_ANNOTATION].split()[0])
-            if not namespace():
+            if not pid_namespace():
                 return pid
             children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
             return int(children[0]) if children else None
@@ -75,7 +61,7 @@ def create(backend: LocalBackend, directory: Path, *, hosts: int, steps: int, **
     spec = document(directory, hosts=hosts, train=train, env={"XLA_FLAGS": "--xla_backend_optimization_level=0"}, **changes)
     rendered = render(from_document(spec))
     container = container_of(rendered)
-    container["command"] = [*namespace(), sys.executable, *container["command"][1:]]
+    container["command"] = [*pid_namespace(), sys.executable, *container["command"][1:]]
     return backend.create(rendered)
 
 

@@ -21,10 +21,11 @@ from tests.trainer.configs import config, layout
 from trainer import contract
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint.commit import committed_steps
-from trainer.state import describe_state, state_items
+from trainer.state import describe_state, initial_state, state_items
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
+RECORDED = "tests.trainer.recorded_program"
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +52,18 @@ def document(directory: Path, cache: str, **changes: Any) -> Path:
 
 
 class Processes:
-    """The trainer's processes of one attempt, each `python -m trainer` with its parent."""
+    """The trainer's processes of one attempt, each with its parent, and a record of the rows they are given."""
 
-    def __init__(self, path: Path, *, processes: int, devices: int, attempt: int, slices: int = 1, overrides: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        processes: int,
+        devices: int,
+        attempt: int = 0,
+        slices: int = 1,
+        program: str = "tests.trainer.recorded_program",
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -72,9 +82,7 @@ class Processes:
                 contract.POD_IP: "127.0.0.1",
                 contract.ATTEMPT: str(attempt),
             }
-            command = [sys.executable, "-m", "trainer", "--config", str(path)]
-            for override in overrides:
-                command += ["--set", override]
+            command = [sys.executable, "-m", program, "--config", str(path)]
             self.children.append(
                 subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             )
@@ -108,6 +116,24 @@ def losses(directory: Path) -> dict[int, float]:
     return found
 
 
+def rows_given(directory: Path) -> list[tuple[int, dict[int, int]]]:
+    """Number of each batch, in the order they were taken, and the row of the data at each of its positions, over attempts and processes."""
+    given: list[tuple[int, dict[int, int]]] = []
+    for attempt in range(len({file.name.split("-")[1] for file in directory.glob("rows-*.jsonl")})):
+        batches: dict[int, dict[int, int]] = {}
+        for file in sorted(directory.glob(f"rows-{attempt}-*.jsonl")):
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            numbers = [line["n"] for line in lines]
+            assert not batches or numbers == list(batches)  # the same batches in the same order on all processes
+            for line in lines:
+                batch = batches.setdefault(line["n"], {})
+                for place, row in line["rows"].items():
+                    assert int(place) not in batch
+                    batch[int(place)] = row
+        given += batches.items()
+    return given
+
+
 def final_arrays(directory: Path) -> dict[str, np.ndarray]:
     run = config("model.vocab_size=260")
     wanted = state_items(describe_state(run, layout(run)).abstract)
@@ -129,6 +155,29 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: str) -> Path:
     with Processes(document(directory, cache), processes=1, devices=8, attempt=0) as attempt:
         assert attempt.finish() == [0]
     return directory
+
+
+def test_two_processes_make_the_first_parameters_of_one_bit_by_bit(tmp_path: Path) -> None:
+    path = tmp_path / "train.yaml"
+    run = config("mesh.ici.data=2", "mesh.ici.fsdp=4")
+    path.write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    with Processes(path, processes=2, devices=4, program="tests.trainer.initial_program") as running:
+        assert running.finish() == [0, 0]
+    expected = {
+        name: np.asarray(value) for name, value in state_items(initial_state(run, describe_state(run, layout(run))))["params"].items()
+    }
+    parts: dict[str, np.ndarray] = {}
+    for index in range(2):
+        with np.load(tmp_path / f"part-{index}.npz") as file:
+            parts |= file
+    assert {place.partition("@")[0] for place in parts} == expected.keys()
+    covered = dict.fromkeys(expected, 0)
+    for place, part in parts.items():
+        name, _, begins = place.partition("@")
+        at = tuple(slice(int(begin), int(begin) + size) for begin, size in zip(begins.split(","), part.shape, strict=True))
+        np.testing.assert_array_equal(part, expected[name][at], err_msg=place)
+        covered[name] += part.size
+    assert covered == {name: value.size for name, value in expected.items()}
 
 
 def test_two_processes_give_the_losses_of_one_from_the_first_step_on(tmp_path: Path, cache: str, uninterrupted: Path) -> None:
@@ -168,6 +217,9 @@ def test_eight_devices_then_four_then_two_processes_see_the_same_rows_and_the_sa
             else:
                 assert running.finish() == [0, 0]
     changed, alone = losses(tmp_path), losses(uninterrupted)
-    assert sorted(changed) == list(range(STEPS))
+    assert [record["step"] for record in records(tmp_path) if record["kind"] == "step"] == list(range(STEPS))
+    given = rows_given(tmp_path)
+    assert [n for n, _ in given] == list(range(STEPS)) and all(sorted(batch) == list(range(8)) for _, batch in given)
+    assert given == rows_given(uninterrupted)
     np.testing.assert_allclose([changed[n] for n in range(STEPS)], [alone[n] for n in range(STEPS)], rtol=1e-5)
     assert committed_steps(str(tmp_path))[-1] == STEPS

@@ -10,11 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
 
+from tests.namespaces import pid_namespace
 from tests.trainer.parent_program import GLOO_DIED, PEER_DIED
 from trainer.contract import FREE_EXIT_CODES, GRACE_SECONDS, TERMINATION_LOG
 from trainer.parent.evidence import REMOVED, redact, without_secrets
@@ -22,19 +22,6 @@ from trainer.parent.verdict import Ending, Verdict, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 Start = Callable[..., subprocess.Popen[str]]
-
-
-@cache
-def unshare() -> tuple[str, ...]:
-    """What makes a program PID 1 of a namespace; nothing where this system does not allow it to this user."""
-    own = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
-    for prefix in (own, (*own, "--user", "--map-root-user")):
-        try:
-            if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode == 0:
-                return prefix
-        except FileNotFoundError:
-            break
-    return ()
 
 
 @pytest.fixture
@@ -115,7 +102,7 @@ def test_the_silent_task_and_the_memory_limit_are_named() -> None:
 def test_sigterm_reaches_the_child_at_once_and_its_announced_exit_code_survives_its_crash(
     start: Start, tmp_path: Path, namespace: bool
 ) -> None:
-    prefix = unshare() if namespace else ()
+    prefix = pid_namespace() if namespace else ()
     delays: list[float] = []
     while len(delays) < 5 and min(delays, default=1.0) > 0.05:  # the machine may be busy; the parent must not be
         process = start("training", tmp_path / "log", prefix=prefix)
@@ -132,7 +119,7 @@ def test_sigterm_reaches_the_child_at_once_and_its_announced_exit_code_survives_
 
 @pytest.mark.parametrize("namespace", (False, True), ids=("process", "pid-1"))
 def test_before_training_sigterm_ends_even_a_deaf_child_at_once_with_75(start: Start, namespace: bool) -> None:
-    prefix = unshare() if namespace else ()
+    prefix = pid_namespace() if namespace else ()
     process = start("compiling", prefix=prefix)
     assert line(process) == "started"
     os.kill(parent_of(process, prefix), signal.SIGTERM)
@@ -242,7 +229,7 @@ def test_a_child_does_not_outlive_its_killed_parent(start: Start, tmp_path: Path
 
 
 def test_as_pid_1_it_collects_the_orphans_of_others(start: Start, tmp_path: Path) -> None:
-    prefix = unshare()
+    prefix = pid_namespace()
     process = start("orphan", tmp_path / "done", prefix=prefix)
     deadline = time.monotonic() + 30
     while not (tmp_path / "done").exists():
