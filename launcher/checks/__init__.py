@@ -48,7 +48,6 @@ LAYOUT_RULES: Final[tuple[Callable[[JobSpec, Layout], Iterator[Problem]], ...]] 
     names.coordinator_label_fits,
     accelerator.several_slices_need_several_hosts,
     accelerator.train_config_fits,
-    accelerator.stages_have_no_dropless_experts,
     accelerator.placement_fits,
     accelerator.super_slice_fits,
     pod.host_network_ports,

@@ -11,8 +11,6 @@ from launcher.tpu import TpuError
 from trainer.config import Problem
 from trainer.config.checks import check_train
 from trainer.config.diloco import worlds_apart
-from trainer.config.mlp import Dropless, Moe
-from trainer.config.pipeline import pipelined_segment
 
 SUPER_SLICE_CUBE: Final = 4
 SUPER_SLICE_MAX_NAME: Final = 28
@@ -47,23 +45,6 @@ def train_config_fits(spec: JobSpec, layout: Layout) -> Iterator[Problem]:
     problems = check_train(spec.train, slices=layout.slices, devices_per_slice=layout.devices_per_slice, processes=layout.hosts)
     for problem in problems:
         yield problem.under("train")
-
-
-def stages_have_no_dropless_experts(spec: JobSpec, layout: Layout) -> Iterator[Problem]:
-    """TPU compilers refuse the grouped product of dropless experts once stages add a dim to it."""
-    pipeline = spec.train.pipeline
-    if layout.target != "tpu" or pipeline is None or (pipeline.segment or 0) >= len(spec.train.model.segments):
-        return
-    index, segment = pipelined_segment(spec.train)
-    for position, block in enumerate(segment.pattern):
-        if isinstance(block.mlp, Moe) and isinstance(block.mlp.dispatch, Dropless):
-            yield Problem(
-                path=f"train.model.segments.{index}.pattern.{position}.mlp.dispatch",
-                message="dropless experts inside of a pipeline's stages do not compile for TPUs",
-                hint="`dispatch: {type: capacity}`, or a mesh with `expert` instead of `stage`",
-                code="pipeline-dropless",
-                value="dropless",
-            )
 
 
 def queued_provisioning_needs_a_queue(spec: JobSpec) -> Iterator[Problem]:

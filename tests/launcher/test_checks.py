@@ -36,7 +36,6 @@ def test_the_documents_of_this_file_have_no_problem() -> None:
     assert found(TPU) == [] and found(CPU) == []
 
 
-MLP, EXPERTS = "train.model.segments.0.pattern.0.mlp", "{type: moe, experts: 4, experts_per_token: 2, hidden: 64"
 STAGES = ["train.mesh.ici={data: 8, stage: 2}"]
 RAMP, FIVE = "train.batch.ramp_up", ", steps_per_size: 5}"
 RULES = [
@@ -173,8 +172,6 @@ RULES = [
      ["train.mesh.ici={data: 2, context: 8}", "train.batch.sequence_length=112"], "train.batch.sequence_length", "length-shards"),
     (TPU, ["train.mesh.ici={data: 8, stage: 2}"],
      ["train.mesh.ici={data: 8, stage: 2}", "train.pipeline={}"], "train.pipeline", "pipeline"),
-    (TPU, [*STAGES, "train.pipeline={}", f"{MLP}={EXPERTS}}}"],
-     [*STAGES, "train.pipeline={}", f"{MLP}={EXPERTS}, dispatch: {{type: capacity}}}}"], f"{MLP}.dispatch", "pipeline-dropless"),
     (TPU, [*STAGES, "train.pipeline.layers=3"], [*STAGES, "train.pipeline.layers=2"], "train.pipeline.layers", "pipeline"),
     (TPU, [*STAGES, "train.pipeline.layers=6"], [*STAGES, "train.pipeline.layers=4"], "train.pipeline.layers", "pipeline"),
     (TPU, [*STAGES, "train.pipeline.repeats=4"], [*STAGES, "train.pipeline.repeats=2"], "train.pipeline.layers", "pipeline"),

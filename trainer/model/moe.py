@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainer.config.model import Capacity, DenseDispatch, Dropless, GatedMlp, Moe
+from trainer.model.grouped import grouped_product
 from trainer.model.layers import Mlp, Params, add_bias, einsum_float32, gated, select, under
 from trainer.model.routing import Routing, chosen_experts, load_balance_sum, route, z_loss_sum
 from trainer.parallel.context import as_stored, in_order
@@ -147,7 +148,7 @@ def grouped_mlp(rows_MD: jax.Array, expert_M: jax.Array, sizes_E: jax.Array, exp
     expert_M = jnp.minimum(expert_M, sizes_E.shape[0] - 1)
 
     def project(rows: jax.Array, name: str) -> jax.Array:
-        out = jax.lax.ragged_dot(rows, experts[name], sizes_E.astype(jnp.int32))
+        out = grouped_product(rows, experts[name], sizes_E.astype(jnp.int32))
         bias = experts.get(f"{name}_bias")
         return out if bias is None else out + bias[expert_M].astype(out.dtype)
 
