@@ -1,7 +1,8 @@
 """Text from a trained model: prefill, insert, generate, on the training model's own blocks and weights."""
 
+from trainer.decode.drafting import DraftingEngine
 from trainer.decode.engine import Engine, Prefix, Slots, Step
 from trainer.decode.sampling import Sampling
-from trainer.decode.serve import Piece, Request, serve
+from trainer.decode.serve import Drafts, Piece, Request, serve
 
-__all__ = ["Engine", "Piece", "Prefix", "Request", "Sampling", "Slots", "Step", "serve"]
+__all__ = ["DraftingEngine", "Drafts", "Engine", "Piece", "Prefix", "Request", "Sampling", "Slots", "Step", "serve"]

@@ -52,9 +52,10 @@ def _generate(options: argparse.Namespace) -> None:
     import jax
 
     from trainer.data.tokenizer import encode_beginning, load_tokenizer
+    from trainer.decode.drafting import DraftingEngine
     from trainer.decode.engine import Engine
     from trainer.decode.sampling import Sampling
-    from trainer.decode.serve import Request, serve
+    from trainer.decode.serve import Drafts, Request, serve
     from trainer.decode.source import chosen_tokenizer, for_decoding, load, open_source
     from trainer.parallel.mesh import build_mesh
     from trainer.parallel.sharding import Layout
@@ -77,7 +78,9 @@ def _generate(options: argparse.Namespace) -> None:
     slots = min(options.slots or MOST_SLOTS, len(prompts))
     length = math.ceil((max(map(len, prompts)) + options.max_tokens) / LENGTH_UNIT) * LENGTH_UNIT
     axes = " ".join(f"{axis}={degree}" for axis, degree in layout.mesh.shape.items() if degree > 1) or "one device"
-    engine = Engine(model, load(source, model, layout), layout, slots=slots, max_length=length)
+    if options.draft and not model.depth:
+        raise DataError(f"{options.source}: the model has no module of multi-token prediction to draft with", hint="leave out --draft")
+    engine = (DraftingEngine if options.draft else Engine)(model, load(source, model, layout), layout, slots=slots, max_length=length)
     print(f"{source.description}: {parameter_count(model):,} parameters, {model.compute_dtype}, {axes}, {slots} slots", file=sys.stderr)
     stop = sorted({*tokenizer.end, *source.end_tokens})
     requests: list[Request] = []
@@ -90,10 +93,13 @@ def _generate(options: argparse.Namespace) -> None:
         requests.append(Request(prompt, options.max_tokens, drawn, stop))
     printer = Printer(tokenizer, prompts, as_json=options.output == "json")
     begin = time.monotonic()
-    for piece in serve(engine, requests):
+    drafts = Drafts()
+    for piece in serve(engine, requests, drafts):
         printer.add(piece)
     seconds = time.monotonic() - begin
     print(f"{printer.tokens} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
+    if options.draft:
+        print(f"drafts: {drafts.accepted} of {drafts.proposed} right ({drafts.accepted / max(drafts.proposed, 1):.1%})", file=sys.stderr)
 
 
 class Printer:
@@ -181,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the most likely tokens of probability P")
     parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="draw from tokens at least P times as likely as the first")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; each further one takes the next; default: 0")
+    parser.add_argument("--draft", action="store_true", help="guess tokens with the model's module of multi-token prediction")
     parser.add_argument("--slots", type=int, metavar="N", help=f"prompts answered at once; default: all, at most {MOST_SLOTS}")
     parser.add_argument("--mesh", metavar="AXIS=N,...", help=f"axes: {', '.join(MESH_AXES)}; default: tensor, then fsdp")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of matmuls and caches; default: the model's")

@@ -30,14 +30,17 @@ AXES: Final[dict[str, tuple[str | None, ...]]] = {
 """Logical axes of what attention remembers, by name, without the dim of stacked layers."""
 
 
-def capacity(window: int | None, length: int) -> int:
-    """Entries a layer needs for sequences of at most `length` tokens: a query sees window - 1 tokens before itself."""
-    return length if window is None else max(min(window - 1, length), 1)
+def capacity(window: int | None, length: int, further: int = 0) -> int:
+    """Entries a layer needs for sequences of at most `length` tokens: a query sees window - 1 tokens before itself.
+
+    further: tokens a step may keep that turn out not to be in the sequence. They must not take the place of one that is seen.
+    """
+    return length if window is None else max(min(window - 1 + further, length), 1)
 
 
-def capacities(model: Model, length: int) -> Caches:
+def capacities(model: Model, length: int, further: int = 0) -> Caches:
     """Entries of every layer's cache, in the structure of the caches."""
-    by_segment = [[capacity(block.attention.window, length) for block in segment.pattern] for segment in model.segments]
+    by_segment = [[capacity(block.attention.window, length, further) for block in segment.pattern] for segment in model.segments]
     if model.layers == "scan":
         return by_segment
     return [[sizes] * segment.repeats for sizes, segment in zip(by_segment, model.segments, strict=True)]
@@ -48,7 +51,7 @@ def remembered(products: list[Any]) -> Caches:
     return jax.tree.map(lambda product: product["cache"], products, is_leaf=lambda node: isinstance(node, dict))
 
 
-def describe(model: Model, remember: Callable[[], Caches], *, length: int, layout: Layout) -> Caches:
+def describe(model: Model, remember: Callable[[], Caches], *, length: int, layout: Layout, further: int = 0) -> Caches:
     """The caches without values: shapes, dtypes and shardings.
 
     remember: gives what the layers remember of one token in each slot, [(R,) B, 1, ...]; it is only traced.
@@ -63,7 +66,7 @@ def describe(model: Model, remember: Callable[[], Caches], *, length: int, layou
         axes = (*[None] * dims, *AXES[name])
         return jax.ShapeDtypeStruct(shape, one.dtype, sharding=layout.sharding(axes, shape))
 
-    return jax.tree.map(entry, capacities(model, length), jax.eval_shape(remember))
+    return jax.tree.map(entry, capacities(model, length, further), jax.eval_shape(remember))
 
 
 def stacked_dims(model: Model) -> int:
@@ -80,11 +83,13 @@ def held_positions(counts_B: jax.Array, size: int) -> jax.Array:
     return last_B1 - (last_B1 - jnp.arange(size, dtype=jnp.int32)[None, :]) % size
 
 
-def past_masks(windows: Iterable[int | None], positions_BT: jax.Array, counts_B: jax.Array, *, length: int) -> dict[int | None, jax.Array]:
+def past_masks(
+    windows: Iterable[int | None], positions_BT: jax.Array, counts_B: jax.Array, *, length: int, further: int = 0
+) -> dict[int | None, jax.Array]:
     """window -> bool [B, T, S]: the query at a position may see the entry."""
     masks: dict[int | None, jax.Array] = {}
     for window in dict.fromkeys(windows):
-        held_BS = held_positions(counts_B, capacity(window, length))
+        held_BS = held_positions(counts_B, capacity(window, length, further))
         mask_BTS = jnp.broadcast_to(held_BS[:, None, :] >= 0, (*positions_BT.shape, held_BS.shape[1]))
         if window is not None:
             mask_BTS &= positions_BT[:, :, None] - held_BS[:, None, :] < window
@@ -93,20 +98,22 @@ def past_masks(windows: Iterable[int | None], positions_BT: jax.Array, counts_B:
 
 
 def append(model: Model, caches: Caches, new: Caches, counts_B: jax.Array) -> Caches:
-    """The caches with one new token in every slot; `new` has T = 1."""
+    """The caches with T new tokens in every slot, `counts` before them; `new` is [(R,) B, T, ...]."""
 
-    def write(cache_BS: jax.Array, new_B1: jax.Array) -> jax.Array:
+    def write(cache_BS: jax.Array, new_BT: jax.Array) -> jax.Array:
         one_slot = jax.vmap(lambda cache, new, entry: jax.lax.dynamic_update_slice_in_dim(cache, new, entry, 0))
 
-        def all_slots(cache_BS: jax.Array, new_B1: jax.Array) -> jax.Array:
-            return one_slot(cache_BS, new_B1, counts_B % cache_BS.shape[1])
+        def all_slots(cache_BS: jax.Array, new_BT: jax.Array) -> jax.Array:
+            for t in range(new_BT.shape[1]):  # one by one: a cache may end between two of them
+                cache_BS = one_slot(cache_BS, new_BT[:, t : t + 1], (counts_B + t) % cache_BS.shape[1])
+            return cache_BS
 
-        return jax.vmap(all_slots)(cache_BS, new_B1) if stacked_dims(model) else all_slots(cache_BS, new_B1)
+        return jax.vmap(all_slots)(cache_BS, new_BT) if stacked_dims(model) else all_slots(cache_BS, new_BT)
 
     return jax.tree.map(write, caches, new)
 
 
-def arrange(model: Model, new: Caches, count: jax.Array, *, length: int) -> Caches:
+def arrange(model: Model, new: Caches, count: jax.Array, *, length: int, further: int = 0) -> Caches:
     """What a slot holds after the first `count` of T tokens from the beginning: `new` [(R,) 1, T, ...] becomes [(R,) 1, S, ...]."""
     dim = stacked_dims(model) + 1
 
@@ -119,7 +126,7 @@ def arrange(model: Model, new: Caches, count: jax.Array, *, length: int) -> Cach
         there = jnp.expand_dims(held_S >= 0, [axis for axis in range(leaf.ndim) if axis != dim])
         return jnp.where(there, kept, jnp.zeros((), leaf.dtype))
 
-    return jax.tree.map(entries, capacities(model, length), new)
+    return jax.tree.map(entries, capacities(model, length, further), new)
 
 
 def insert(model: Model, caches: Caches, row: Caches, slot: jax.Array) -> Caches:

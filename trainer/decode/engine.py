@@ -21,7 +21,7 @@ from trainer.decode import cache
 from trainer.decode.cache import Caches
 from trainer.decode.sampling import Rows, Sampling, one_row, sample
 from trainer.model import Transformer, create_abstract_model
-from trainer.model.attention import make_context
+from trainer.model.attention import Context, make_context
 from trainer.parallel.sharding import Layout, constrain, use_layout
 
 SMALLEST_BUCKET: Final = 16
@@ -60,8 +60,8 @@ class Slots:
 class Step:
     """What one call of `generate` made."""
 
-    token: jax.Array  # int32 [B]; -1 for a slot that was free
-    logits: jax.Array  # float32 [B, V] the tokens were chosen from; of a free slot meaningless
+    token: jax.Array  # int32 [B], with drafts [B, 2]; -1 for a slot that was free, and where a draft was wrong
+    logits: jax.Array  # float32 [B, V], with drafts [B, 2, V], the tokens were chosen from; of a free slot meaningless
 
 
 class Engine:
@@ -70,6 +70,9 @@ class Engine:
     max_length: tokens of a sequence, prompt and answer together. Mixtures of experts never drop a token here.
     Compiled once: `insert` and `generate`; `prefill` once for each bucket (a power of two, at least 16) that is used.
     """
+
+    further = 0
+    """Tokens a step keeps beside the one that is sure to be in the sequence."""
 
     def __init__(self, model: Model, params: Mapping[str, jax.Array], layout: Layout, *, slots: int, max_length: int) -> None:
         if slots < 1 or max_length < 2:
@@ -138,12 +141,18 @@ class Engine:
             model = self._merged(params)
             positions_1T = jnp.arange(tokens_1T.shape[1], dtype=jnp.int32)[None]
             segments_1T = (positions_1T < count[:, None]).astype(jnp.int32)
-            x_1TD, products = model.forward(tokens_1T, make_context(self._blocks(), positions_1T, segments_1T, remember=True))
+            context = make_context(self._blocks(), positions_1T, segments_1T, remember=True)
+            x_1TD, products = model.forward(tokens_1T, context)
             last_11D = jax.lax.dynamic_slice_in_dim(x_1TD, count[0] - 1, 1, axis=1)
             logits_1V = constrain(model.logits(last_11D, jnp.ones((1, 1), jnp.int32))[:, 0], (None, None))
             token = sample(logits_1V, rows, count)
-            caches = cache.arrange(self.model, cache.remembered(products), count[0], length=self.max_length)
-            return Prefix(caches, token, logits_1V, count, _left(token, remaining, stop), rows, stop)
+            caches = cache.arrange(self.model, cache.remembered(products), count[0], length=self.max_length, further=self.further)
+            prefix = Prefix(caches, token, logits_1V, count, left(token, remaining, stop), rows, stop)
+            return self._looked_ahead(model, prefix, tokens_1T, x_1TD, context)
+
+    def _looked_ahead(self, model: Transformer, prefix: Prefix, tokens_1T: jax.Array, x_1TD: jax.Array, context: Context) -> Prefix:
+        """What `prefill` returns, of the hidden states of the prompt and the context they were computed in."""
+        return prefix
 
     def _traced_insert(self, slots: Slots, prefix: Prefix, slot: jax.Array) -> Slots:
         caches = cache.insert(self.model, slots.caches, prefix.caches, slot)
@@ -156,7 +165,7 @@ class Engine:
         with use_layout(self.layout):
             model = self._merged(params)
             busy_B = slots.remaining > 0
-            x_B1D, products = self._forward(model, slots.token, slots.count, busy_B, slots.caches)
+            x_B1D, products = model.forward(slots.token[:, None], self._context(slots.count, busy_B, 1), slots.caches)
             logits_BV = constrain(model.logits(x_B1D, jnp.ones_like(busy_B, jnp.int32)[:, None])[:, 0], ("batch", None))
             token_B = sample(logits_BV, slots.rows, slots.count + 1)
             after = replace(
@@ -164,18 +173,16 @@ class Engine:
                 caches=cache.append(self.model, slots.caches, cache.remembered(products), slots.count),
                 token=jnp.where(busy_B, token_B, slots.token),
                 count=slots.count + busy_B,
-                remaining=jnp.where(busy_B, _left(token_B, slots.remaining - 1, slots.stop), 0),
+                remaining=jnp.where(busy_B, left(token_B, slots.remaining - 1, slots.stop), 0),
             )
             return after, Step(jnp.where(busy_B, token_B, -1), logits_BV)
 
-    def _forward(
-        self, model: Transformer, token_B: jax.Array, count_B: jax.Array, busy_B: jax.Array, caches: Caches | None
-    ) -> tuple[jax.Array, list[Any]]:
-        """One token of every slot through the model: the hidden state [B, 1, D] and the by-products."""
-        positions_B1, segments_B1 = count_B[:, None], busy_B.astype(jnp.int32)[:, None]
-        masks = cache.past_masks(self._windows, positions_B1, count_B, length=self.max_length)
-        context = make_context(self._blocks(), positions_B1, segments_B1, past_masks=masks, remember=True)
-        return model.forward(token_B[:, None], context, caches)
+    def _context(self, count_B: jax.Array, busy_B: jax.Array, tokens: int) -> Context:
+        """Of so many new tokens in every slot, behind those it has."""
+        positions_BT = count_B[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
+        segments_BT = jnp.broadcast_to(busy_B.astype(jnp.int32)[:, None], positions_BT.shape)
+        masks = cache.past_masks(self._windows, positions_BT, count_B, length=self.max_length, further=self.further)
+        return make_context(self._blocks(), positions_BT, segments_BT, past_masks=masks, remember=True)
 
     def _blocks(self) -> list[Any]:
         return [block for segment in self.model.segments for block in segment.pattern]
@@ -190,9 +197,10 @@ class Engine:
 
         def remember(params: nnx.State) -> Caches:
             zeros_B = jnp.zeros(B, jnp.int32)
-            return cache.remembered(self._forward(self._merged(params), zeros_B, zeros_B, zeros_B > 0, None)[1])
+            return cache.remembered(self._merged(params).forward(zeros_B[:, None], self._context(zeros_B, zeros_B > 0, 1))[1])
 
-        caches = cache.describe(self.model, lambda: remember(self._params), length=self.max_length, layout=self.layout)
+        length, further = self.max_length, self.further
+        caches = cache.describe(self.model, lambda: remember(self._params), length=length, layout=self.layout, further=further)
         f, i = jnp.float32, jnp.int32
         rows = Rows(small(f), small(i), small(f), small(f), small(jnp.uint32, 2))
         return Slots(caches, small(i), small(i), small(i), rows, small(i, MAX_STOP_TOKENS))
@@ -201,6 +209,6 @@ class Engine:
         return jax.tree.map(lambda leaf: leaf.sharding, self._abstract)
 
 
-def _left(token_B: jax.Array, remaining_B: jax.Array, stop: jax.Array) -> jax.Array:
+def left(token_B: jax.Array, remaining_B: jax.Array, stop: jax.Array) -> jax.Array:
     """Tokens still to be generated after `token`: none when it is a stop token."""
     return jnp.where(jnp.any(token_B[:, None] == stop, axis=-1), 0, remaining_B)

@@ -51,10 +51,19 @@ class _Running:
         return Piece(self.number, token, "length" if self.made == self.request.max_tokens else None)
 
 
-def serve(engine: Engine, requests: Iterable[Request]) -> Iterator[Piece]:
+@dataclass
+class Drafts:
+    """How often a token that was guessed could have been used, and was right."""
+
+    proposed: int = 0
+    accepted: int = 0
+
+
+def serve(engine: Engine, requests: Iterable[Request], drafts: Drafts | None = None) -> Iterator[Piece]:
     """Answer `requests`; pieces of different requests come interleaved, those of one in order.
 
-    A request is taken from the iterable when a slot is free for it. Raises ValueError for one the engine cannot hold.
+    A request is taken from the iterable when a slot is free for it. `drafts` counts those of a `DraftingEngine`.
+    Raises ValueError for one the engine cannot hold.
     """
     waiting = enumerate(requests)
     slots = engine.empty()
@@ -78,15 +87,21 @@ def serve(engine: Engine, requests: Iterable[Request]) -> Iterator[Piece]:
         elif not unread:
             return
         while len(unread) > (1 if any(running) else 0):
-            yield from _read(*unread.popleft(), running)
+            yield from _read(*unread.popleft(), running, drafts or Drafts())
 
 
-def _read(tokens: jax.Array, owners: list[_Running | None], running: list[_Running | None]) -> Iterator[Piece]:
-    """The pieces of one step; slots of requests that ended become free."""
-    for token, owner in zip(np.asarray(tokens).tolist(), owners, strict=True):
+def _read(tokens: jax.Array, owners: list[_Running | None], running: list[_Running | None], drafts: Drafts) -> Iterator[Piece]:
+    """The pieces of one step; slots of requests that ended become free. tokens: int32 [B], or [B, 2] where the second was a draft."""
+    for made, owner in zip(np.asarray(tokens).reshape(len(owners), -1).tolist(), owners, strict=True):
         if owner is None or owner not in running:  # a step dispatched before the request's end was known
             continue
-        piece = owner.piece(token)
+        piece = owner.piece(made[0])
+        if piece.finish is None and len(made) > 1:
+            drafts.proposed += 1
+            if made[1] >= 0:
+                drafts.accepted += 1
+                yield piece
+                piece = owner.piece(made[1])
         if piece.finish is not None:
             running[running.index(owner)] = None
         yield piece

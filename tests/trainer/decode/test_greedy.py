@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 
-from tests.trainer.configs import config
 from tests.trainer.model.models import ORACLE
 from trainer.config.mesh import AxisDegrees, Mesh
-from trainer.contract import Exit
 from trainer.decode.engine import Engine
 from trainer.decode.sampling import Sampling
 from trainer.decode.serve import Request, serve
 from trainer.decode.source import for_decoding, load, open_source
 from trainer.parallel.mesh import build_mesh
 from trainer.parallel.sharding import Layout
-from trainer.run import run
 
 PROMPT = 8
 FAMILIES = [
@@ -74,31 +66,3 @@ def test_a_sampled_answer_depends_on_its_own_seed_and_prompt_alone() -> None:
     alone, together = drawn(3), drawn(1, 2, 3)
     assert together[2] == alone[0]
     assert len({tuple(answer) for answer in together}) == 3
-
-
-def test_a_run_is_continued_from_the_command_line_and_wrong_use_is_a_sentence(tmp_path: Path) -> None:
-    small = config(
-        "mesh.ici.fsdp=8",
-        run_directory=str(tmp_path / "run"),
-        steps=1,
-        schedule={"type": "constant", "learning_rate": 1e-3},
-        model={
-            "vocab_size": 264,
-            "width": 32,
-            "compute_dtype": "float32",
-            "segments": [{"repeats": 2, "pattern": [{"attention": {"heads": 4, "kv_heads": 2, "head_dim": 8}, "mlp": {"hidden": 48}}]}],
-        },
-        data={"sources": [{"type": "synthetic"}]},
-        metrics={"writers": []},
-    )
-    assert run(small) == Exit.DONE
-    words = [sys.executable, "-m", "trainer.decode", small.run_directory, "--tokenizer", "bytes", "--max-tokens", "5", "--output", "json"]
-    made = subprocess.run([*words, "--prompt", "ab", "--prompt", "a longer one"], capture_output=True, text=True, timeout=300)
-    assert made.returncode == 0, made.stderr
-    lines = [json.loads(line) for line in made.stdout.splitlines()]
-    assert sorted(line["prompt"] for line in lines) == [0, 1]
-    assert all(line["finish"] in ("length", "stop") and len(line["tokens"]) <= 5 for line in lines)
-
-    nothing = subprocess.run([*words[:3], str(tmp_path), "--prompt", "a"], capture_output=True, text=True, timeout=300)
-    assert nothing.returncode == Exit.CONFIG
-    assert "holds no committed step" in nothing.stderr and "Traceback" not in nothing.stderr
