@@ -55,7 +55,7 @@ def main() -> int:
             print(rows[-1], f"({seconds:.0f} CPU-s)", *wrong, flush=True)
             failed += [f"{name}, {what}: {problem}" for problem in wrong]
             plain = in_layers
-            if writes and what == OURS:
+            if writes and what == OURS and not wrong:
                 matrix.keep({name: matrix.row(case, found)}, known)
         if writes:
             PAGE.write_text(merged(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
