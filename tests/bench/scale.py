@@ -62,7 +62,7 @@ def rows() -> list[Row]:
         no_room = {**SPEC, "name": "second"}
         spec.write_text(yaml.safe_dump(no_room))
         subprocess.run([sys.executable, "-m", "launcher", "submit", str(spec), "-n", namespace], check=True, stdout=subprocess.DEVNULL)
-        until_told(backend, "second", "no-free-pool")
+        until_told(backend, "second", "chips-used")
         return found + _looks(backend, "why", "second", ", no room")
 
 

@@ -12,13 +12,16 @@ from select import POLLIN, poll
 
 from tests.cluster.tools import kubectl
 
+REAL = ("-l", "!fake.test/pool-prefix")
+"""Not one of those that CLUSTER_HOME/fake-nodes.sh makes."""
+
 
 def node_name() -> str:
-    return kubectl("get", "nodes", "-o", "jsonpath={.items[0].metadata.name}")
+    return kubectl("get", "nodes", *REAL, "-o", "jsonpath={.items[0].metadata.name}")
 
 
 def node_address() -> str:
-    return kubectl("get", "nodes", "-o", 'jsonpath={.items[0].status.addresses[?(@.type=="InternalIP")].address}')
+    return kubectl("get", "nodes", *REAL, "-o", 'jsonpath={.items[0].status.addresses[?(@.type=="InternalIP")].address}')
 
 
 @contextmanager
