@@ -72,22 +72,17 @@ Leaves = Callable[[TrainConfig, int], None]
 
 
 @pytest.fixture(scope="module")
-def programs() -> dict[str, Any]:
-    return {}
-
-
-@pytest.fixture
-def leaves(monkeypatch: pytest.MonkeyPatch, programs: dict[str, Any]) -> Leaves:
+def leaves() -> Leaves:
     """Runs a config until it is asked to leave after so many steps. Equal steps are compiled once for all tests of this file."""
+    programs: dict[str, Any] = {}
 
     def step_of(run_config: TrainConfig, *arguments: Any) -> Any:
         key = json.dumps([run_config.model_dump(mode="json", exclude={"run_directory", "eval", "checkpoint"})])
         return programs.setdefault(key, make_train_step(run_config, *arguments))
 
-    monkeypatch.setattr(run_module, "make_train_step", step_of)
-
     def go(run_config: TrainConfig, steps: int) -> None:
-        with monkeypatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run_module, "make_train_step", step_of)
             patch.setattr(run_module.distributed, "preemption_requested", lambda done: done == steps < STEPS)
             if steps < STEPS:
                 with pytest.raises(Preempted):
@@ -99,14 +94,16 @@ def leaves(monkeypatch: pytest.MonkeyPatch, programs: dict[str, Any]) -> Leaves:
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("resumed")
+def resumed(tmp_path_factory: pytest.TempPathFactory, leaves: Leaves) -> Path:
+    """A run that keeps an average and was resumed in the middle."""
+    directory = tmp_path_factory.mktemp("resumed")
+    leaves(averaged(directory), 2)
+    leaves(averaged(directory), STEPS)
+    return directory
 
 
-def test_the_average_is_the_recurrence_over_the_parameters_also_behind_a_resume(leaves: Leaves, resumed: Path) -> None:
+def test_the_average_is_the_recurrence_over_the_parameters_also_behind_a_resume(resumed: Path) -> None:
     run_config = averaged(resumed)
-    leaves(run_config, 2)
-    leaves(run_config, STEPS)
     states = [saved(run_config, step) for step in range(1, STEPS + 1)]
     for name, value in states[0]["params"].items():
         assert np.any(states[0]["ema"][name] != value), name
