@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.trainer.configs import config, layout, ragged_batch
+from tests.trainer.configs import config, layout, put, ragged_batch
 from tests.trainer.pipelined_runs import Step, assert_same_step, one_step
 from trainer.checkpoint import Checkpoints
 from trainer.config import TrainConfig
 from trainer.config.checks import check_train
 from trainer.state import describe_state, initial_state, state_items
+from trainer.step import make_train_step
 
 LAYERS = 4
 STAGES = ("mesh.ici.stage=2", "mesh.ici.fsdp=2", "mesh.ici.tensor=2")
@@ -83,3 +85,12 @@ def test_a_checkpoint_of_any_shape_restores_under_any_other_bit_for_bit(pairs: l
                 for restored in (found["params"][path], found["opt"][f"mu/{path}"]):
                     np.testing.assert_array_equal(np.asarray(restored), np.asarray(array), err_msg=f"{saved} -> {wanted}: {path}")
                     assert restored.sharding == abstract[path].sharding
+
+
+def test_a_stage_of_one_layer_takes_dropout_too() -> None:
+    """Its layer's number has no dim left. Traced only: what dropout does is shown without a pipeline."""
+    run = run_config(*STAGES, "pipeline.repeats=2", "model.dropout=0.2")
+    where = layout(run)
+    spec, batch = describe_state(run, where), put(ragged_batch(0), where)
+    _, metrics = jax.eval_shape(make_train_step(run, spec, where), spec.abstract, batch)
+    assert metrics["loss"].shape == ()

@@ -243,7 +243,7 @@ def _use(weights: Sequence[StageWeight], arrays: list[jax.Array]) -> list[jax.Ar
 
     A gradient is brought into the stored layout and dtype before it is added up.
     """
-    own = [weight.with_array(array, weight.axes[-array.ndim :]) for weight, array in zip(weights, arrays, strict=True)]
+    own = [weight.with_array(array, weight.axes[len(weight.axes) - array.ndim :]) for weight, array in zip(weights, arrays, strict=True)]
     return [_as_copy_of(weight, _whole(weight)) for weight in own]
 
 
