@@ -98,7 +98,10 @@ def _leave(code: Exit, message: str) -> NoReturn:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m trainer", description="Train from one TrainConfig document.")
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer", description="Train from one TrainConfig document.",
+        epilog="python -m trainer smoke: train, save and resume on 8 made-up CPU devices, and compare every bit.",
+    )  # fmt: skip
     parser.add_argument("--config", required=True, metavar="FILE", help="the TrainConfig, YAML or JSON")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override one key; may be given several times")
     return parser.parse_args(arguments)
