@@ -89,6 +89,8 @@ def problems_of_document(document: dict[str, Any], *, target: Target | None = No
     try:
         spec = validate(JobSpec, document, hidden=("env",))
     except ConfigError as error:
+        if error.problems[-1].code == "too-many":
+            return None, error.problems
         return None, error.problems + further_problems(document, functools.partial(check, target=target))
     return spec, check(spec, target=target)
 
