@@ -110,6 +110,7 @@ def test_the_average_is_the_recurrence_over_the_parameters_also_behind_a_resume(
     assert_follows({name: value.astype(np.float64) for name, value in states[0]["ema"].items()}, states[1:], DECAYS[1:])
 
 
+@pytest.mark.full
 def test_beginning_an_average_at_a_resume_starts_it_at_the_parameters_and_changes_no_bit_of_training(
     leaves: Leaves, resumed: Path, tmp_path: Path
 ) -> None:
