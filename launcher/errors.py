@@ -91,21 +91,22 @@ def report(error: Exception) -> int:
     problems: Sequence[Problem] | None = getattr(error, "problems", None)
     if problems is not None and (isinstance(error, SpecError) or type(error).__name__ == "ConfigError"):
         for problem in problems:
-            _print(f"{problem.path}: {problem.message} [{problem.code}]", problem.hint)
+            complain(f"{problem.path}: {problem.message} [{problem.code}]", problem.hint)
         return SpecError.exit_code
     if isinstance(error, NnxlaunchError):
-        _print(str(error), error.hint)
+        complain(str(error), error.hint)
         return error.exit_code
     if isinstance(error, BrokenPipeError):  # `| head` has seen enough
         return NnxlaunchError.exit_code
     if isinstance(error, OSError):
         reason = error.strerror or str(error) or type(error).__name__
-        _print(f"{error.filename}: {reason}" if error.filename else reason, "")
+        complain(f"{error.filename}: {reason}" if error.filename else reason, "")
         return NnxlaunchError.exit_code
     raise error
 
 
-def _print(message: str, hint: str) -> None:
+def complain(message: str, hint: str) -> None:
+    """One problem on stderr, as `error: MESSAGE` and, where there is one, `hint: HINT`."""
     print(f"error: {visible(message)}", file=sys.stderr)
     if hint:
         print(f"hint: {visible(hint)}", file=sys.stderr)

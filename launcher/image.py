@@ -81,6 +81,12 @@ def find_source() -> Source:
     raise NotFound(f"no {DOCKERFILE} here: an image is built from a clone of the repository", hint="change to the clone and run it there")
 
 
+def own_revision() -> str:
+    """The revision of the checkout this launcher runs from; `unknown` where it was installed."""
+    root = Path(__file__).resolve().parent.parent
+    return _revision(root) if (root / DOCKERFILE).is_file() else "unknown"
+
+
 def _revision(root: Path) -> str:
     git = shutil.which("git")
     if git is None:

@@ -22,7 +22,8 @@ from launcher.backend.scene import Scene
 from launcher.backend.status import RUN_DIRECTORY_ANNOTATION, SUBMITTED_BY_ANNOTATION, Event, JobStatus, LogLine, Manifest, user
 from launcher.backend.values import check_namespace, mapping
 from launcher.errors import AlreadyExists, NotFound, Unavailable
-from trainer.contract import CONFIG_FILE
+from launcher.image import own_revision
+from trainer.contract import CONFIG_FILE, IMAGE_REVISION
 
 START_SECONDS: Final = 30.0
 PATIENCE_SECONDS: Final = 15.0
@@ -183,7 +184,7 @@ class LocalBackend:
         try:
             with open(folder.path / "supervisor.log", "ab") as log:
                 command = [sys.executable, "-m", "launcher.backend.local_supervisor", str(folder.path), str(its_end), str(claim)]
-                environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_import_paths())}
+                environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_import_paths()), IMAGE_REVISION: own_revision()}
                 done = subprocess.run(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(its_end, claim), env=environment,
                     start_new_session=True, timeout=START_SECONDS, check=False,

@@ -19,7 +19,7 @@ from launcher.backend.local_jobset import container_of
 from launcher.backend.status import COMPLETION_INDEX_LABEL, Manifest
 from launcher.backend.values import items, mapping, strings
 from launcher.errors import Unavailable
-from trainer.contract import COMPLETION_INDEX, TERMINATION_LOG
+from trainer.contract import COMPLETION_INDEX, IMAGE_REVISION, TERMINATION_LOG
 
 ADDRESS: Final = "127.0.0.1"
 POD_MARK: Final = "NNXLAUNCH_LOCAL_POD"
@@ -120,6 +120,7 @@ def pod_process(
     termination_log = folder / "termination-log"
     environment = {name: value for name, value in base.items() if not _NOT_INHERITED.search(name)}
     environment |= {TERMINATION_LOG: str(termination_log), POD_MARK: pod["metadata"]["uid"]}
+    environment[IMAGE_REVISION] = base.get(IMAGE_REVISION, "unknown")  # of the code that runs instead of an image
     environment["PYTHONSAFEPATH"] = "1"  # the folder one submits from is not searched for modules
     environment[COMPLETION_INDEX] = pod["metadata"]["labels"][COMPLETION_INDEX_LABEL]
     if "/tmp" in mounts:

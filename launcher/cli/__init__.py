@@ -15,8 +15,9 @@ from keyword import iskeyword
 from typing import Annotated, Any, Final, NoReturn
 
 import typer
+import typer.exceptions
 
-from launcher.errors import NnxlaunchError, report
+from launcher.errors import NnxlaunchError, complain, report
 
 COMMANDS: Final[dict[str, str]] = {
     "init": "Write a commented starter spec.",
@@ -63,16 +64,28 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     words = [*(sys.argv[1:] if arguments is None else arguments)]  # `list` is a command of this package
     try:
         try:
-            app(_chosen(words))(args=words, prog_name="nnxlaunch")
+            code = app(_chosen(words))(args=words, prog_name="nnxlaunch", standalone_mode=False)
         finally:
             print(end="", flush=True)  # what cannot be written is an error here, and a traceback at the interpreter's end
+    except typer.exceptions.TyperException as error:
+        sys.exit(_misused(error))
     except (NnxlaunchError, ValueError) as error:
         sys.exit(report(error))
     except OSError as error:  # a full disk, a folder that is a file: of the machine, not of this program
         code = report(error)
         _drop_output()
-        sys.exit(code)
-    raise AssertionError("a Typer app always exits")
+    sys.exit(code)
+
+
+def _misused(error: typer.exceptions.TyperException) -> int:
+    """Say what is wrong with the command line as every other error is said; return the exit code."""
+    message = error.format_message().replace("Value error, ", "")
+    if message.startswith("Usage:"):  # no arguments where some are needed: the message is the help
+        print(message, file=sys.stderr)
+    else:
+        command = getattr(getattr(error, "ctx", None), "command_path", "nnxlaunch")
+        complain(f"{message[:1].lower()}{message[1:]}".rstrip("."), f"{command} --help")
+    return error.exit_code
 
 
 def _drop_output() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
@@ -96,10 +97,13 @@ Volume = Annotated[GcsFuse | Claim | Memory | EmptyDirectory, Field(discriminato
 
 
 def _quantity(value: Any) -> Any:
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(text, str) and not re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,9})?(m|k|M|G|T|Ki|Mi|Gi|Ti)?", text, re.ASCII):
+        raise ValueError("must be an amount such as 4, 500m, 1.5 or 64Gi: digits, then one of m, k, M, G, T, Ki, Mi, Gi, Ti or nothing")
+    return text
 
 
-Quantity = Annotated[str, BeforeValidator(_quantity), Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$", max_length=20)]
+Quantity = Annotated[str, BeforeValidator(_quantity)]
 
 
 class Resources(Node):

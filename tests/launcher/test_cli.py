@@ -55,6 +55,19 @@ def test_every_command_has_help_with_examples(name: str, capsys: pytest.CaptureF
     assert {line.strip() for line in examples} <= {line.strip() for line in out.splitlines()}  # each on a line of its own
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("list", "--output", "xml"), "error: invalid value for '--output' / '-o': 'xml' is not one of 'table', 'wide', 'json', 'yaml'\n"),
+        (("status",), "error: missing argument 'NAME'\nhint: nnxlaunch status --help\n"),
+        (("sumbit",), "error: no such command 'sumbit'. Did you mean 'submit'?\nhint: nnxlaunch --help\n"),
+    ],
+)
+def test_wrong_usage_is_said_as_every_other_error(words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*words) == 2
+    assert capsys.readouterr().err.startswith(said)
+
+
 def test_what_the_machine_refuses_is_an_error_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

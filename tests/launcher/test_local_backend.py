@@ -7,7 +7,6 @@ import json
 import os
 import runpy
 import signal
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,9 +14,9 @@ import pytest
 
 from launcher.backend import JobState
 from launcher.backend.local import LocalBackend
-from launcher.backend.local_state import STATE_VARIABLE
 from launcher.cli import main
 from launcher.errors import AlreadyExists, NotFound, Unavailable
+from launcher.image import own_revision
 from tests.launcher.local_jobs import ENOUGH_SECONDS, container_of, document, exists, jobset_of, last, manifests, until
 from trainer import contract
 
@@ -32,16 +31,6 @@ pathlib.Path(folder, f"{os.environ['JOB_COMPLETION_INDEX']}.pids").write_text(f"
 while True:
     signal.pause()
 """
-
-
-@pytest.fixture
-def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalBackend]:
-    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
-    monkeypatch.setenv("NNXLAUNCH_BACKEND", "local")
-    backend = LocalBackend()
-    yield backend
-    for status in backend.list():
-        backend.delete(status.name)
 
 
 def command(*words: str) -> int:
@@ -73,6 +62,7 @@ def test_a_process_finds_what_a_pod_would_find(backend: LocalBackend, tmp_path: 
         assert json.loads(config)["run_directory"] == str(tmp_path / "job")
         assert environment[contract.JOB_INDEX] == str(slice_index) and environment[contract.COMPLETION_INDEX] == str(worker)
         assert environment[contract.POD_NAME] == f"job-slice-{slice_index}-{worker}-a0" and environment[contract.POD_IP] == "127.0.0.1"
+        assert environment[contract.IMAGE_REVISION] == own_revision()
         assert environment[contract.ATTEMPT] == "0" and environment["HUB_TOKEN"] == "s3cret-value"
         assert Path(environment["TMPDIR"]).is_relative_to(tmp_path / "state")
         assert coordinator == environment[contract.COORDINATOR]

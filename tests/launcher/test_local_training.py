@@ -7,15 +7,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from launcher.backend import JobState, JobStatus
 from launcher.backend.local import LocalBackend
-from launcher.backend.local_state import IDENTITY_ANNOTATION, STATE_VARIABLE, JobFolder
+from launcher.backend.local_state import IDENTITY_ANNOTATION, JobFolder
 from launcher.manifest import render
 from launcher.spec import from_document
 from tests.launcher.local_jobs import TRAIN, container_of, document, last, until
@@ -23,15 +20,6 @@ from tests.namespaces import pid_namespace
 from trainer.checkpoint.commit import committed_steps
 
 STEPS = 500  # of some milliseconds each: far more than pass between a signal and the agreement to leave
-
-
-@pytest.fixture
-def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalBackend]:
-    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
-    backend = LocalBackend()
-    yield backend
-    for status in backend.list():
-        backend.delete(status.name)
 
 
 def trainer_pid(folder: JobFolder, worker: int, attempt: int) -> int | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import pytest
 from launcher.backend import JobState
 from launcher.backend.local import LocalBackend
 from launcher.backend.local_pod import descendants
-from launcher.backend.local_state import STATE_VARIABLE, JobFolder
+from launcher.backend.local_state import JobFolder
 from launcher.manifest import render
 from launcher.spec import from_document
 from tests.gcs_emulator import Gcs
@@ -37,15 +36,6 @@ def directory(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
     for name, value in gcs.environment.items():
         monkeypatch.setenv(name, value)
     return f"{gcs.url}/local-worlds"
-
-
-@pytest.fixture
-def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalBackend]:
-    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
-    backend = LocalBackend()
-    yield backend
-    for status in backend.list():
-        backend.delete(status.name)
 
 
 def signal_slice(folder: JobFolder, index: int, number: int) -> None:
