@@ -115,20 +115,22 @@ def _layers_divide(config: TrainConfig, stages: int) -> Iterator[Problem]:
     index, segment = pipelined_segment(config)
     there, pattern = layers_of(segment), len(segment.pattern)
     layers = pipeline.layers or there
-    if layers > there:
-        message = f"{layers}, but segment {index} of the model has {there}"
-        yield Problem(path="pipeline.layers", message=message, hint=f"{there} or less", code="pipeline", value=layers, limit=there)
-        return
     unit = stages * pipeline.repeats * pattern
-    if layers % unit == 0:
+    if layers > there:
+        message, limit = f"{layers}, but segment {index} of the model has {there}", there
+    elif layers % unit:
+        parts = f"{stages} stages x {pipeline.repeats} repeats x {pattern} layers of the pattern"
+        message, limit = f"{layers} layers cannot be divided over {parts}: not a multiple of {unit}", unit
+    else:
         return
-    parts = f"{stages} stages x {pipeline.repeats} repeats x {pattern} layers of the pattern"
-    message = f"{layers} layers cannot be divided over {parts}: not a multiple of {unit}"
-    fitting = [str(n) for n in (layers - layers % unit, layers - layers % unit + unit) if 0 < n <= there]
-    repeats = [n for n in range(1, pipeline.repeats + 1) if layers % (stages * pattern * n) == 0]
+    nearest = min(layers, there) // unit * unit
+    fitting = [str(n) for n in (nearest, nearest + unit) if 0 < n <= there]
+    repeats = [n for n in range(1, pipeline.repeats + 1) if layers <= there and layers % (stages * pattern * n) == 0]
     hints = [*([" or ".join(fitting)] if fitting else []), *([f"repeats of {repeats[-1]}"] if repeats else [])]
-    hint = "; ".join(hints) or f"a degree of stage that divides {layers // pattern}"
-    yield Problem(path="pipeline.layers", message=message, hint=hint, code="pipeline", value=layers, limit=unit)
+    if not hints:
+        fewer = min(stages, segment.repeats)
+        hints = [f"{segment.repeats // fewer * fewer * pattern} layers with stage={fewer} and repeats of 1"]
+    yield Problem(path="pipeline.layers", message=message, hint="; ".join(hints), code="pipeline", value=layers, limit=limit)
 
 
 def _microbatches(pipeline: Pipeline, stages: int) -> int:
