@@ -95,8 +95,8 @@ class Processes:
             child.kill()
             child.communicate()
 
-    def finish(self) -> list[int]:
-        outputs = [child.communicate(timeout=240)[0] for child in self.children]
+    def finish(self, seconds: float = 240) -> list[int]:
+        outputs = [child.communicate(timeout=seconds)[0] for child in self.children]
         codes = [child.returncode for child in self.children]
         assert not any(code in (1, 64, 70, 77) for code in codes), "\n".join(outputs)[-3000:]
         return codes

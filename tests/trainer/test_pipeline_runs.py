@@ -97,7 +97,7 @@ def start(wanted: TrainConfig, *, processes: int = 1, devices: int, slices: int 
     path = directory / "train.json"
     path.write_text(wanted.model_dump_json())
     with Processes(path, processes=processes, devices=devices, attempt=0, slices=slices) as running:
-        assert running.finish() == [Exit.DONE] * processes
+        assert running.finish(seconds=900) == [Exit.DONE] * processes
 
 
 def test_left_under_a_pipeline_and_continued_over_fsdp_it_has_the_losses_of_one_device(
