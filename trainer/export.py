@@ -9,12 +9,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final, Literal
 
 from etils import epath
 
+from trainer.checkpoint.huggingface_files import CONFIG_FILE, INDEX_FILE
 from trainer.config import ConfigError
 from trainer.config.weights import parameter_count
 from trainer.contract import Exit
@@ -22,6 +23,7 @@ from trainer.errors import CheckpointError, TrainerError
 
 Format = Literal["huggingface", "parameters"]
 Layers = Literal["scan", "unroll"]
+UNFINISHED: Final = "UNFINISHED"
 
 
 def export(
@@ -40,19 +42,21 @@ def export(
     parameter-only checkpoint. dtype: `float32`, `float16` or `bfloat16`; default: that of the folder, or of the
     checkpoint the run began from, else float32. form: Hugging Face's, or a parameter-only checkpoint in our layout, with
     `layers` stacked or one by one. weights: of a run, its parameters or the average it keeps. Raises CheckpointError
-    where the step is missing or damaged, there is no average, `out` is not empty, or no Hugging Face family describes the
-    model.
+    where the step is missing or damaged, there is no average, `out` is not empty or cannot be written, or no Hugging Face
+    family describes the model. A folder that an earlier call left unfinished counts as empty.
     """
     from trainer.checkpoint.huggingface import export_huggingface
     from trainer.checkpoint.parameters import export_parameters
     from trainer.parameters import open_parameters
 
     target = epath.Path(out)
-    if target.exists() and any(target.iterdir()):
-        raise CheckpointError(f"{out} is not empty", hint="give a new folder")
     with ExitStack() as opened:
+        _clear(target)
         found = open_parameters(source, opened, step=step, weights=weights)
+        for note in found.notes:
+            print(f"note: {source}: {note}", file=sys.stderr)
         dtype = dtype or found.dtype
+        opened.enter_context(_unfinished(target))
         if form == "parameters":
             facts = {"source": found.description}
             export_parameters(
@@ -78,6 +82,46 @@ def export(
         "parameters": parameter_count(found.model),
         "files": sorted(file.name for file in target.iterdir()),
     }
+
+
+def _clear(target: epath.Path) -> None:
+    """Raises CheckpointError where `target` is in use; removes what an export left there that did not come to its end."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target} is a file", hint="give a new folder")
+    files = list(target.iterdir())
+    if any(file.name == UNFINISHED for file in files):
+        for file in files:
+            if _ours(file.name):
+                file.unlink()
+    if left := sorted(file.name for file in target.iterdir() if file.name != UNFINISHED):
+        raise CheckpointError(f"{target} is not empty: {', '.join(left[:3])}", hint="give a new folder")
+
+
+def _ours(name: str) -> bool:
+    from trainer.checkpoint.parameters import PARAMETERS_FILE
+    from trainer.parameters import COMPANIONS
+
+    return name in (*COMPANIONS, CONFIG_FILE, PARAMETERS_FILE, INDEX_FILE) or (name.startswith("model") and name.endswith(".safetensors"))
+
+
+@contextmanager
+def _unfinished(target: epath.Path) -> Iterator[None]:
+    """Holds the folder: whoever finds the mark knows that what is there may be written anew."""
+    mark = target / UNFINISHED
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        mark.write_text("an export that did not come to its end; the same command begins anew\n")
+        yield
+        mark.unlink()
+    except CheckpointError:
+        if [file.name for file in target.iterdir()] == [UNFINISHED]:  # refused before anything was written
+            mark.unlink()
+        raise
+    except OSError as error:
+        hint = "what is there is not complete; the same command begins anew"
+        raise CheckpointError(f"{target} cannot be written: {error}", hint=hint) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

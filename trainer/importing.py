@@ -30,6 +30,9 @@ def train_section(folder: str, out: str | None = None, *, dtype: str | None = No
         found = open_parameters(folder, opened)
     if out is not None:
         export(folder, out, dtype=dtype, form="parameters")
+    else:
+        for note in found.notes:
+            print(f"note: {folder}: {note}", file=sys.stderr)
     return {"model": spelled(found.model), "checkpoint": {"start_from": out or folder}}
 
 

@@ -16,9 +16,10 @@ from etils import epath
 from trainer.checkpoint.arrays import read_part
 from trainer.checkpoint.commit import META_FILE, Damaged, checkpoint_directory, inspect, read_commit, verify_contents
 from trainer.checkpoint.exchange import ReadLayer, holdings, layer_reader, misfits
-from trainer.checkpoint.huggingface import load_problems
+from trainer.checkpoint.huggingface import left_out, load_problems, open_huggingface
 from trainer.checkpoint.huggingface import sources as huggingface_sources
 from trainer.checkpoint.huggingface_config import family_of, model_from_huggingface
+from trainer.checkpoint.huggingface_families import text_config
 from trainer.checkpoint.huggingface_files import CONFIG_FILE, SafetensorsFolder
 from trainer.checkpoint.parameters import PARAMETERS_FILE, is_parameters, stored_model
 from trainer.checkpoint.parameters import sources as parameters_sources
@@ -54,6 +55,8 @@ class Parameters:
     companions: Mapping[str, str] = field(default_factory=dict[str, str])
     """Files to take along, by name."""
     max_positions: int = 2048
+    notes: tuple[str, ...] = ()
+    """What of the folder is not read, in words."""
 
 
 def open_parameters(source: str, opened: ExitStack, *, step: int | None = None, weights: Kind = "trained") -> Parameters:
@@ -84,7 +87,7 @@ def _of_parameters(folder: str, opened: ExitStack) -> Parameters:
 
 
 def _of_huggingface(folder: str, opened: ExitStack) -> Parameters:
-    files = opened.enter_context(SafetensorsFolder(folder))
+    files = opened.enter_context(open_huggingface(folder))
     model = model_from_huggingface(files.config)
     table = huggingface_sources(model, family_of(files.config))
     if problems := list(load_problems(files, table, model)):
@@ -92,7 +95,8 @@ def _of_huggingface(folder: str, opened: ExitStack) -> Parameters:
     dtype = files.config.get("dtype") or files.config.get("torch_dtype")
     longest = files.config.get("max_position_embeddings") or 2048
     read = layer_reader(files, table)
-    return Parameters(folder, model, read, dtype, original=files.config, companions=_companions(folder), max_positions=longest)
+    notes = tuple(left_out(files))
+    return Parameters(folder, model, read, dtype, original=files.config, companions=_companions(folder), max_positions=longest, notes=notes)
 
 
 def require_average(where: str, items: Container[str]) -> None:
@@ -175,7 +179,7 @@ def _of_the_beginning(config: TrainConfig) -> tuple[dict[str, Any] | None, dict[
     files: dict[str, str] = {}
     if start := config.checkpoint.start_from:
         if (epath.Path(start) / CONFIG_FILE).exists():
-            original = json.loads((epath.Path(start) / CONFIG_FILE).read_text())
+            original = dict(text_config(json.loads((epath.Path(start) / CONFIG_FILE).read_text())))
         elif not is_parameters(start):
             print(f"warning: {start} is gone; config.json is made anew, without token ids", file=sys.stderr)
         files = _companions(start)
@@ -186,4 +190,7 @@ def _of_the_beginning(config: TrainConfig) -> tuple[dict[str, Any] | None, dict[
             files["tokenizer.model"] = path
         case _:
             pass
+    for name, path in list(files.items()):
+        if not epath.Path(path).exists():
+            print(f"warning: {files.pop(name)} is gone; the folder will have no {name}", file=sys.stderr)
     return original, files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file
 
 from tests.trainer.configs import config
 from tests.trainer.model.models import ORACLE, abstract_params, load
+from trainer import importing
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint.huggingface_config import model_from_huggingface
 from trainer.checkpoint.parameters import load_folder
@@ -111,3 +113,48 @@ def test_import_prints_the_keys_of_a_spec_that_starts_from_the_folder(tmp_path: 
 def test_every_preset_is_spelled_so_that_it_reads_back(preset: str) -> None:
     model = Model.model_validate({"preset": preset})
     assert Model.model_validate(spelled(model)) == model
+
+
+def test_an_export_that_could_not_be_written_to_its_end_says_so_and_is_written_by_the_same_command(
+    run_directory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        assert main([run_directory, "--out", str(out)]) == 64
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot be written: [Errno 27] File too large" in capsys.readouterr().err
+    assert sorted(file.name for file in out.iterdir()) == ["UNFINISHED", "model.safetensors"]
+    assert main([run_directory, "--out", str(out)]) == 0
+    assert json.loads(capsys.readouterr().out)["files"] == ["config.json", "model.safetensors", "tokenizer.json"]
+    (out / "UNFINISHED").touch()
+    (out / "notes.txt").touch()
+    assert main([run_directory, "--out", str(out)]) == 64
+    assert "is not empty: notes.txt" in capsys.readouterr().err and (out / "notes.txt").exists()
+    assert main([run_directory, "--out", str(out / "notes.txt")]) == 64
+    assert "notes.txt is a file" in capsys.readouterr().err
+
+
+def test_a_disk_without_room_a_lost_tokenizer_and_a_damaged_folder_are_sentences(
+    run_directory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "start" / "tokenizer.json").unlink()
+    assert main([run_directory, "--out", str(tmp_path / "out")]) == 0
+    # A disk that is full cannot be made without rights to mount one.
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 435_967}))
+    assert main([run_directory, "--out", str(tmp_path / "other")]) == 64
+    assert f"{tmp_path / 'other'}: 435,968 bytes are to be written, 435,967 are free there" in capsys.readouterr().err
+    assert not list((tmp_path / "other").iterdir())
+    for name, damaged, reason in (
+        ("model.safetensors", b"", "not a safetensors file"),
+        ("model.safetensors", b"\x02" + bytes(7) + b"[]", "not a safetensors file"),
+        ("config.json", b"[1]", "config.json: not a JSON object"),
+        ("config.json", b"{", "config.json: not JSON"),
+    ):
+        kept = (tmp_path / "start" / name).read_bytes()
+        (tmp_path / "start" / name).write_bytes(damaged)
+        assert importing.main([str(tmp_path / "start")]) == 64
+        assert reason in capsys.readouterr().err
+        (tmp_path / "start" / name).write_bytes(kept)

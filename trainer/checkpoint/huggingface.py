@@ -18,9 +18,9 @@ from etils import epath
 
 from trainer.checkpoint.exchange import ReadLayer, Source, Table, load_tensors, misfits, tensors_written
 from trainer.checkpoint.huggingface_config import config_for_huggingface, differences, family_of, model_from_huggingface
-from trainer.checkpoint.huggingface_families import Family
+from trainer.checkpoint.huggingface_families import Family, text_config
 from trainer.checkpoint.huggingface_files import CONFIG_FILE, SafetensorsFolder, write_safetensors
-from trainer.checkpoint.huggingface_names import BLOCK_PREFIX, IGNORED_SUFFIXES, MODEL, Stored
+from trainer.checkpoint.huggingface_names import BLOCK_PREFIX, IGNORED_SUFFIXES, IMAGE_PREFIXES, LANGUAGE_PREFIXES, MODEL, Stored
 from trainer.config.model import Model
 from trainer.config.weights import Weight, weights
 from trainer.errors import CheckpointError
@@ -51,7 +51,7 @@ def load_huggingface(folder: str, abstract: Mapping[str, jax.ShapeDtypeStruct], 
     tensor which is missing, unknown, or of another shape or dtype, and every field in which config.json differs
     from `model`.
     """
-    with SafetensorsFolder(folder) as files:
+    with open_huggingface(folder) as files:
         theirs = model_from_huggingface(files.config)
         table = sources(model, family_of(files.config))
         problems = [f"config.json: {line}" for line in differences(model, theirs)]
@@ -61,6 +61,24 @@ def load_huggingface(folder: str, abstract: Mapping[str, jax.ShapeDtypeStruct], 
                 hint="the model it was made for: " + _hint(files.config),
             )
         return load_tensors(files, table, abstract)
+
+
+def open_huggingface(folder: str) -> SafetensorsFolder:
+    """The folder's language model: of one that also sees images, config and names are those of its language model alone."""
+    files = SafetensorsFolder(folder)
+    inner = text_config(files.config)
+    if inner is not files.config:
+        files.config = dict(inner)
+        files.tensors = {_of_language(name): tensor for name, tensor in files.tensors.items()}
+    return files
+
+
+def left_out(files: SafetensorsFolder) -> list[str]:
+    """What of a folder is not read, in words."""
+    images = sum(name.startswith(IMAGE_PREFIXES) for name in files.tensors)
+    modules = sum(_behind_the_last(name, files.config) for name in files.tensors)
+    counts = {"of what sees images": images, "of modules of multi-token prediction": modules}
+    return [f"{count} tensors {what} are left out" for what, count in counts.items() if count]
 
 
 def load_problems(files: SafetensorsFolder, table: Table, model: Model) -> Iterator[str]:
@@ -128,11 +146,21 @@ def _sources(weight: Weight, stored: Stored, model: Model, first_layer: list[int
 
 
 def _ignored(name: str, model: Model, config: Mapping[str, Any]) -> bool:
-    """Buffers every reader computes, a tied head, and modules of multi-token prediction, which stand behind the last layer."""
-    if name.endswith(IGNORED_SUFFIXES) or (model.tie_embeddings and name == MODEL["head/kernel"].name):
+    """Buffers every reader computes, a tied head, what sees images, and modules of multi-token prediction, behind the last layer."""
+    if name.endswith(IGNORED_SUFFIXES) or name.startswith(IMAGE_PREFIXES) or (model.tie_embeddings and name == MODEL["head/kernel"].name):
         return True
+    return _behind_the_last(name, config)
+
+
+def _of_language(name: str) -> str:
+    prefix = next((prefix for prefix in LANGUAGE_PREFIXES if name.startswith(prefix)), "")
+    return LANGUAGE_PREFIXES.get(prefix, "") + name.removeprefix(prefix)
+
+
+def _behind_the_last(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor is of a module of multi-token prediction; versions of transformers write their number under two keys."""
     found = re.match(r"model\.layers\.(\d+)\.", name)
-    extra = config.get("num_nextn_predict_layers") or 0
+    extra = config.get("num_nextn_predict_layers") or config.get("num_mtp_layers") or 0
     return found is not None and 0 <= int(found[1]) - config["num_hidden_layers"] < extra
 
 

@@ -88,8 +88,8 @@ def _needed(config: Config, family: Family) -> Iterator[str]:
     if family.latent:
         yield from ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     if (experts := family.experts) is not None:
-        optional = (experts.scale_key, experts.shared_key)
-        yield from (experts.count_key, experts.hidden_key, "num_experts_per_tok", *(key for key in optional if key))
+        yield from (experts.count_key, experts.hidden_key, "num_experts_per_tok")
+        yield from () if experts.scale_key is None else (experts.scale_key,)
         yield from ("n_group", "topk_group") if experts.groups else ()
         yield from ("swiglu_limit", "swiglu_alpha") if experts.clamp else ()
 
@@ -147,7 +147,7 @@ def _moe(config: Config, family: Family, experts: Experts) -> Moe:
         experts=config[experts.count_key],
         experts_per_token=config["num_experts_per_tok"],
         hidden=width,
-        shared_hidden=width * config[experts.shared_key] if experts.shared_key else None,
+        shared_hidden=width * config[experts.shared_key] if experts.shared_key and config[experts.shared_key] else None,
         activation=activation,
         clamp=Clamp(limit=config["swiglu_limit"], slope=config["swiglu_alpha"]) if experts.clamp else None,
         bias=experts.bias,

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from trainer.checkpoint.huggingface_blocks import block_problems, blocks_from_huggingface, blocks_to_huggingface
-from trainer.checkpoint.huggingface_families import FAMILIES, Family
+from trainer.checkpoint.huggingface_families import FAMILIES, Family, text_config
 from trainer.checkpoint.huggingface_files import CONFIG_FILE
 from trainer.config.base import near_miss
 from trainer.config.model import Block, Model, Norm, Segment
@@ -27,6 +27,7 @@ def model_from_huggingface(config: Config) -> Model:
 
     Raises CheckpointError with every reason when this trainer's model cannot compute what the file asks for.
     """
+    config = text_config(config)
     family = family_of(config)
     config = {**family.defaults, **family.renamed(config)}
     if reasons := list(_unsupported(config, family)):
@@ -50,7 +51,7 @@ def model_from_huggingface(config: Config) -> Model:
 def family_of(config: Config) -> Family:
     """The family of a config.json. Raises CheckpointError with the nearest name for one that is not supported."""
     known = {family.model_type: family for family in FAMILIES}
-    model_type = str(config.get("model_type"))
+    model_type = str(text_config(config).get("model_type"))
     if model_type not in known:
         close = near_miss(model_type, list(known))
         raise CheckpointError(
@@ -123,6 +124,9 @@ def _unsupported(config: Config, family: Family) -> Iterator[str]:
     if quantized := config.get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         yield f"quantization_config ({method}): weights must be float32, float16 or bfloat16"
+    for key, value in family.fixed.items():
+        if config.get(key, value) not in (value, None):
+            yield f"{key}: {config[key]!r}; here it is {value!r} in {family.model_type}"
     if config.get("use_bidirectional_attention"):
         yield "use_bidirectional_attention: a token sees only what is before it here"
 

@@ -11,8 +11,10 @@ from trainer.checkpoint import huggingface_names as names
 from trainer.checkpoint.huggingface_names import Names
 
 ACTIVATIONS: Final[Mapping[str, str]] = MappingProxyType({
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
 })  # fmt: skip
+"""Several names of one function; the first of ours is written."""
 
 EXPERT_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -73,6 +75,8 @@ class Family:
     """Layers with a window have RoPE parameters of their own."""
     theta: float = 10_000.0
     """RoPE's base where config.json has none."""
+    rope: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Its scaling where config.json says nothing of RoPE's parameters."""
     local_theta: float = 10_000.0
     """The same for layers with a window, where they have their own."""
     norms: Literal["pre", "post", "both"] = "pre"
@@ -85,6 +89,8 @@ class Family:
     experts: Experts | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What transformers assumes for a key that config.json does not have."""
+    fixed: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Keys that have one value we can compute, where they are there."""
     fields: Mapping[str, Any] = field(default_factory=lambda: _FIELDS)
     """Further fields its config.json has, written at export."""
 
@@ -94,6 +100,22 @@ class Family:
         return config if self.experts is None or found is None else {**config, self.experts.count_key: found}
 
 
+WRAPPED: Final[Mapping[str, str]] = MappingProxyType({"gemma3": "gemma3_text"})
+"""Models of images and text: the `model_type` of what their `text_config` describes."""
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config.json of a language model alone: `config` itself, or of a model that also sees images its `text_config`."""
+    inner: Mapping[str, Any] | None = config.get("text_config")
+    if inner is None or config.get("model_type") not in WRAPPED:
+        return config
+    model_type = WRAPPED[config["model_type"]]
+    architecture = next(family.architecture for family in FAMILIES if family.model_type == model_type)
+    shared = ("dtype", "torch_dtype", "tie_word_embeddings", "eos_token_id", "bos_token_id", "pad_token_id", "quantization_config")
+    outer = {key: config[key] for key in shared if config.get(key) is not None}
+    return {**outer, **inner, "model_type": model_type, "architectures": [architecture]}
+
+
 _FIELDS: Final = {"attention_dropout": 0.0, "use_cache": True}
 _MOE_FIELDS: Final = {**_FIELDS, "output_router_logits": False, "router_aux_loss_coef": 0.001}
 _QWEN_DEFAULTS: Final = {"rms_norm_eps": 1e-6, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
@@ -101,6 +123,11 @@ _GEMMA_DEFAULTS: Final = {"rms_norm_eps": 1e-6, "head_dim": 256, "tie_word_embed
 _GEMMA_2_DEFAULTS: Final = {
     **_GEMMA_DEFAULTS, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096,
     "hidden_activation": "gelu_pytorch_tanh",
+}  # fmt: skip
+# What the published models with images leave to their class.
+_GEMMA_3_DEFAULTS: Final = {
+    **_GEMMA_2_DEFAULTS, "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8,
 }  # fmt: skip
 
 FAMILIES: Final = (
@@ -181,7 +208,7 @@ FAMILIES: Final = (
         norm_offset=1.0,
         embedding_scale=True,
         activation_key="hidden_activation",
-        defaults=_GEMMA_2_DEFAULTS,
+        defaults=_GEMMA_3_DEFAULTS,
     ),
     Family(
         model_type="olmo2",
@@ -227,6 +254,10 @@ FAMILIES: Final = (
         window="layer types",
         full_every=2,
         theta=150_000.0,
+        rope={
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
         experts=Experts(
             count_key="num_local_experts", hidden_key="intermediate_size", scoring="softmax_of_chosen", bias=True, clamp=True
         ),
@@ -260,6 +291,7 @@ FAMILIES: Final = (
             "moe_intermediate_size": 2048, "n_shared_experts": 1, "n_group": 8, "topk_group": 4, "norm_topk_prob": True,
             "routed_scaling_factor": 2.5, "first_k_dense_replace": 3,
         },
+        fixed={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
         fields={**_FIELDS, "pretraining_tp": 1, "num_nextn_predict_layers": 0},
     ),
 )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class SafetensorsFolder:
         self.config: dict[str, Any] = self._json(config_file)
         with ExitStack() as opening:  # closes what was opened where a header cannot be read
             self._open = opening
-            self.tensors = {name: tensor for file in self._names() for name, tensor in self._header(file)}
+            self.tensors: dict[str, Tensor] = {name: tensor for file in self._names() for name, tensor in self._header(file)}
             self._open = opening.pop_all()
 
     def __enter__(self) -> Self:
@@ -71,21 +72,29 @@ class SafetensorsFolder:
         return np.frombuffer(data, dtype).reshape(last - first, *tensor.shape[depth + 1 :])
 
     def _names(self) -> list[str]:
-        if (self._path / INDEX_FILE).exists():
-            return sorted(set(self._json(INDEX_FILE)["weight_map"].values()))
-        if (self._path / SINGLE_FILE).exists():
+        if (self._path / SINGLE_FILE).exists():  # also where an index lies beside it, as transformers does
             return [SINGLE_FILE]
+        if (self._path / INDEX_FILE).exists():
+            files = self._json(INDEX_FILE).get("weight_map")
+            if not isinstance(files, dict) or not all(isinstance(file, str) and "/" not in file for file in files.values()):
+                raise CheckpointError(f"{self.folder}/{INDEX_FILE}: its weight_map must say in which file of the folder each tensor is")
+            return sorted(set(files.values()))
         raise CheckpointError(
             f"{self.folder}: neither {SINGLE_FILE} nor {INDEX_FILE} there", hint="only safetensors are read; convert .bin files first"
         )
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
-            return json.loads((self._path / name).read_text())
+            content = json.loads((self._path / name).read_text())
         except FileNotFoundError:
             raise CheckpointError(f"{self.folder}/{name}: not found", hint="give the folder of a Hugging Face checkpoint") from None
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}/{name} cannot be read: {error}") from None
         except ValueError as error:
             raise CheckpointError(f"{self.folder}/{name}: not JSON: {error}") from None
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{self.folder}/{name}: not a JSON object")
+        return content
 
     def _file(self, name: str) -> IO[bytes]:
         if name not in self._files:
@@ -102,16 +111,25 @@ class SafetensorsFolder:
             if length > MAX_HEADER_BYTES:
                 raise ValueError(f"header of {length:,} bytes")
             header: dict[str, Any] = json.loads(file.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{self.folder}/{name}: not a safetensors file: {error}") from None
-        end = 8 + length + max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+            found = {key: _entry(key, name, entry, 8 + length) for key, entry in header.items() if key != "__metadata__"}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{self.folder}/{name}: not a safetensors file: {error}", hint="copy it again") from None
+        end = max([8 + length, *(entry["data_offsets"][1] + 8 + length for key, entry in header.items() if key != "__metadata__")])
         if (size := file.seek(0, 2)) != end:
             raise CheckpointError(
                 f"{self.folder}/{name}: {size:,} bytes long, its header says {end:,}", hint="the file is cut; copy it again"
             )
-        for tensor, entry in header.items():
-            if tensor != "__metadata__":
-                yield tensor, Tensor(name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        yield from found.items()
+
+
+def _entry(tensor: str, file: str, entry: Mapping[str, Any], data: int) -> Tensor:
+    """An entry of a header, whose tensors begin at byte `data`. Raises ValueError, TypeError or KeyError for one that is none."""
+    shape = tuple(map(int, entry["shape"]))
+    begin, end = map(int, entry["data_offsets"])
+    bytes_each = DTYPES[entry["dtype"]].itemsize if entry["dtype"] in DTYPES else None
+    if min([begin, *shape]) < 0 or end < begin or (bytes_each is not None and end - begin != math.prod(shape) * bytes_each):
+        raise ValueError(f"{tensor}: {end - begin:,} bytes for {entry['dtype']} of shape {list(shape)}")
+    return Tensor(file, entry["dtype"], shape, data + begin)
 
 
 def write_safetensors(
@@ -120,11 +138,14 @@ def write_safetensors(
     """Write tensors one at a time, in the order of `shapes`; a second file begins where one would exceed `max_file_bytes`.
 
     dtype: `float32`, `float16` or `bfloat16`; `pieces(name)` gives the values, in one or more parts of the leading dims.
+    Raises CheckpointError before anything is written where a local disk has no room for all of it.
     """
     target = epath.Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     numpy_dtype = DTYPES[NAMES[dtype]]
     sizes = {name: math.prod(shape) * numpy_dtype.itemsize for name, shape in shapes.items()}
+    if "://" not in folder and (free := shutil.disk_usage(folder).free) < (needed := sum(sizes.values())):
+        raise CheckpointError(f"{folder}: {needed:,} bytes are to be written, {free:,} are free there")
     files: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():

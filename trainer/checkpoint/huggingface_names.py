@@ -35,6 +35,9 @@ MODEL: Final[Names] = MappingProxyType({
 BLOCK_PREFIX: Final = "model.layers.{layer}."
 IGNORED_SUFFIXES: Final = (".rotary_emb.inv_freq",)
 """Buffers that old exports carry, computed from config.json by every reader."""
+LANGUAGE_PREFIXES: Final[Mapping[str, str]] = MappingProxyType({"language_model.": "", "model.language_model.": "model."})
+"""What names of the language model begin with in a model that also sees images, as versions of transformers write them."""
+IMAGE_PREFIXES: Final = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 _ATTENTION: Final = {
     "attention/query": "self_attn.q_proj.weight",

@@ -49,7 +49,7 @@ def rope_to_huggingface(full: Rope, local: Rope | None, *, max_positions: int) -
 
 def _fields(config: Config, family: Family, *, windowed: bool) -> dict[str, Any]:
     """As transformers 5 writes them (`rope_parameters`), also from version 4's `rope_theta` and `rope_scaling`."""
-    old: dict[str, Any] = config.get("rope_scaling") or {}
+    old: Mapping[str, Any] = config.get("rope_scaling") or ({} if config.get("rope_parameters") else family.rope)
     new: dict[str, Any] = config.get("rope_parameters") or {}
     theta = config.get("rope_theta", family.theta)
     if family.rope_by_layer_type:

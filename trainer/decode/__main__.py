@@ -83,6 +83,8 @@ def _generate(options: argparse.Namespace) -> None:
     engine = (DraftingEngine if options.draft else Engine)(model, load(source, model, layout), layout, slots=slots, max_length=length)
     print(f"{source.description}: {parameter_count(model):,} parameters, {model.compute_dtype}, {axes}, {slots} slots", file=sys.stderr)
     stop = sorted({*tokenizer.end, *source.end_tokens})
+    if source.longest and (most := max(map(len, prompts)) + options.max_tokens) > source.longest:
+        print(f"warning: up to {most} tokens, but the model was trained on sequences of {source.longest}", file=sys.stderr)
     requests: list[Request] = []
     for number, prompt in enumerate(prompts):
         try:

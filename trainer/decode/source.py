@@ -15,6 +15,7 @@ from trainer.checkpoint import Checkpoints
 from trainer.checkpoint.commit import checkpoint_directory
 from trainer.checkpoint.huggingface import load_huggingface
 from trainer.checkpoint.huggingface_config import model_from_huggingface
+from trainer.checkpoint.huggingface_families import text_config
 from trainer.checkpoint.parameters import PARAMETERS_FILE, is_parameters, load_parameters, stored_model
 from trainer.config import TrainConfig, validate
 from trainer.config.data import Bytes, HuggingFaceTokenizer, SentencePiece
@@ -42,6 +43,8 @@ class Source:
     """Ids that end an answer, besides the tokenizer's own end token."""
     read: Callable[[dict[str, jax.ShapeDtypeStruct], Model], Parameters]
     """Parameters in the dtype and sharding of their abstract leaves."""
+    longest: int | None = None
+    """Tokens of a sequence it was trained on, where that is known."""
 
 
 def open_source(path: str, *, step: int | None = None, weights: Kind = "trained") -> Source:
@@ -102,28 +105,34 @@ def _run(directory: str, step: int | None, item: str) -> Source:
             values[path] = values[path].astype(leaf.dtype)
         return values
 
-    return Source(described, config.model, config.data.tokenizer, (), read)
+    return Source(described, config.model, config.data.tokenizer, (), read, config.batch.sequence_length)
 
 
 def _huggingface(folder: str) -> Source:
-    config = _json(folder, "config.json")
+    config = text_config(_json(folder, "config.json"))
     ends = {**config, **_json(folder, "generation_config.json")}.get("eos_token_id")
     dtype = config.get("dtype") or config.get("torch_dtype")
     model = model_from_huggingface(config).model_copy(update={"compute_dtype": "bfloat16" if dtype == "bfloat16" else "float32"})
+    longest = config.get("max_position_embeddings")
     return Source(
         folder,
         model,
         _tokenizer(folder),
-        tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
+        _end_tokens(ends, model),
         lambda abstract, model: load_huggingface(folder, abstract, model),
+        longest if isinstance(longest, int) else None,
     )
 
 
 def _parameters(folder: str) -> Source:
     model = stored_model(_json(folder, PARAMETERS_FILE), folder)
-    ends = _json(folder, "generation_config.json").get("eos_token_id")
-    end_tokens = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
-    return Source(folder, model, _tokenizer(folder), end_tokens, lambda abstract, model: load_parameters(folder, abstract, model))
+    ends = _end_tokens(_json(folder, "generation_config.json").get("eos_token_id"), model)
+    return Source(folder, model, _tokenizer(folder), ends, lambda abstract, model: load_parameters(folder, abstract, model))
+
+
+def _end_tokens(ends: Any, model: Model) -> tuple[int, ...]:
+    """Those the model can choose: a config.json may name ids that its model does not have."""
+    return tuple(end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int) and 0 <= end < model.vocab_size)
 
 
 def _tokenizer(folder: str) -> TokenizerConfig | None:

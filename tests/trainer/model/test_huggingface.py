@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from trainer.config.model import Block, Model
 from trainer.config.presets import preset_names
 from trainer.errors import CheckpointError
 from trainer.parallel.sharding import Layout
+from trainer.parameters import open_parameters
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -163,6 +165,10 @@ def test_older_config_files_are_read_with_the_defaults_they_rely_on() -> None:
     assert (mistral.kv_heads, mistral.window) == (8, 4096)
     assert model_from_huggingface(base | {"model_type": "mistral", "sliding_window": None}).segments[0].pattern[0].attention.window is None
     assert model_from_huggingface(base | {"model_type": "qwen3", "hidden_size": 1024}).segments[0].pattern[0].attention.head_dim == 128
+    oss = model_from_huggingface({key: value for key, value in base.items() if key != "rope_scaling"} | {"model_type": "gpt_oss"})
+    assert oss.blocks[0].attention.rope == Model.model_validate({"preset": "gpt-oss-20b"}).blocks[0].attention.rope
+    seeing = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "sliding_window": 1024}}  # the rest is the class's
+    assert model_from_huggingface(seeing).vocab_size == 262_208
 
 
 @pytest.mark.parametrize(
@@ -176,6 +182,7 @@ def test_older_config_files_are_read_with_the_defaults_they_rely_on() -> None:
         ({"model_type": "gemma3_text", "layer_types": ["full_attention"]}, "layer_types: 1 of them for 3 layers"),
         ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}, r"quantization_config \(mxfp4\)"),
         ({"model_type": "deepseek_v3", "n_group": 6, "num_hidden_layers": 4}, r"experts \(256\) must be a multiple of router\.groups"),
+        ({"model_type": "deepseek_v3", "scoring_func": "softmax"}, "scoring_func: 'softmax'; here it is 'sigmoid' in deepseek_v3"),
         ({"hidden_act": "relu2"}, "hidden_act: 'relu2'"),
         ({"attention_dropout": 0.1}, "attention_dropout: 0.1"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -219,3 +226,41 @@ def test_a_folder_in_a_bucket_is_read_and_written_like_a_local_one(gcs: Any, tmp
     export_huggingface(reader(params), model, folder, max_positions=1, original=original, max_file_bytes=200_000)
     for path, value in load_huggingface(folder, abstract_params(model), model).items():
         np.testing.assert_array_equal(value, params[path], err_msg=path)
+
+
+@pytest.mark.parametrize("prefixes", [("language_model.", "language_model."), ("model.language_model.", "")])
+def test_of_a_model_that_sees_images_the_language_model_is_read(prefixes: tuple[str, str], tmp_path: Path) -> None:
+    text = read_config(ORACLE / "gemma3")
+    model = model_from_huggingface(text)
+    tensors = load_file(ORACLE / "gemma3" / "model.safetensors")
+    inner, head = prefixes
+    named = {(head + name if inner == head else inner + name.removeprefix("model.")): value for name, value in tensors.items()}
+    named["vision_tower.vision_model.embeddings.position_embedding.weight"] = np.zeros((2, 2), np.float32)
+    save_file(named, tmp_path / "model.safetensors")
+    outer = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "dtype": "float32", "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(outer))
+    assert model_from_huggingface(outer) == model
+    expected = load(ORACLE / "gemma3", model)
+    for path, value in load(tmp_path, model).items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+    with ExitStack() as opened:
+        found = open_parameters(str(tmp_path), opened)
+        assert found.notes == ("1 tensors of what sees images are left out",)
+        assert found.original is not None and found.original["architectures"] == ["Gemma3ForCausalLM"]
+
+
+def test_an_index_that_is_none_and_a_header_that_contradicts_itself_are_refused(tmp_path: Path) -> None:
+    config = read_config(ORACLE / "llama3")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for index, reason in (
+        ({}, "weight_map must say"),
+        ({"weight_map": {"model.norm.weight": "../model.safetensors"}}, "weight_map must say"),
+        ({"weight_map": {"model.norm.weight": "model-1.safetensors"}}, r"model-1\.safetensors: not found"),
+    ):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match=reason):
+            load(tmp_path, model_from_huggingface(config))
+    header = json.dumps({"model.norm.weight": {"dtype": "F32", "shape": [64], "data_offsets": [0, 128]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(128))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight: 128 bytes for F32 of shape \[64\]"):
+        load(tmp_path, model_from_huggingface(config))
