@@ -62,11 +62,12 @@ def layer(x: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
 
 def in_order(weight: jax.Array, x: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The result of all layers, and the sum of each one's."""
-    sums: list[jax.Array] = []
-    for one in weight.reshape(-1, WIDTH, WIDTH):
+
+    def next_layer(x: jax.Array, one: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = layer(x, one, scale)
-        sums.append(jnp.sum(x))
-    return x, jnp.stack(sums)
+        return x, jnp.sum(x)
+
+    return jax.lax.scan(next_layer, x, weight.reshape(-1, WIDTH, WIDTH))
 
 
 def pipelined(case: Case, *, idle: float = 0.0, policy: Policy | None = None) -> Any:

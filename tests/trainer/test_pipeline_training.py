@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import jax
@@ -29,9 +30,9 @@ def run_config(*overrides: str, devices: int = 8) -> TrainConfig:
     return run
 
 
-@pytest.fixture(scope="module")
-def in_order() -> Step:
-    return one_step(run_config(*GRADIENT, devices=1), devices=1, batch=ragged_batch(0))
+@functools.cache
+def in_order(*overrides: str) -> Step:
+    return one_step(run_config(*GRADIENT, *overrides, devices=1), devices=1, batch=ragged_batch(0))
 
 
 VARIANTS = {
@@ -39,13 +40,36 @@ VARIANTS = {
         "mesh.ici.stage=2", "mesh.ici.fsdp=2", "mesh.ici.data=2", "pipeline={repeats: 2, gather: repeat}", "model.remat=minimal",
         "sharding.optimizer=over_data",
     ),
-    "two layers outside, one by one, delayed, tensor": (*STAGES, "pipeline={layers: 2, delayed_forwarding: true}", "model.layers=unroll"),
+    "two layers outside, one by one, delayed, tensor, the table over stages": (
+        *STAGES, "pipeline={layers: 2, delayed_forwarding: true}", "model.layers=unroll",
+        "sharding.rules=[{axis: embed, mesh: [stage, fsdp], weight: embed/table}]",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_first_parameters_are_the_same_bits_and_loss_and_gradients_those_of_the_layers_in_order(variant: str, in_order: Step) -> None:
-    assert_same_step(one_step(run_config(*GRADIENT, *VARIANTS[variant]), batch=ragged_batch(0)), in_order)
+def test_first_parameters_are_the_same_bits_and_loss_and_gradients_those_of_the_layers_in_order(variant: str) -> None:
+    assert_same_step(one_step(run_config(*GRADIENT, *VARIANTS[variant]), batch=ragged_batch(0)), in_order())
+
+
+TIED = "model.tie_embeddings=true"
+SLICES = ("mesh={ici: {fsdp: 2, tensor: 2}, dcn: {stage: 2}}", "pipeline={repeats: 2}")
+OTHERS = {
+    "tied embeddings, two layers outside": (1, (TIED, *STAGES, "pipeline={layers: 2}"), (TIED,)),
+    "tied embeddings, the table over stages, zero": (
+        1, (TIED, *VARIANTS["circular, weights once a repeat, data, zero"], *VARIANTS[list(VARIANTS)[1]][-1:]), (TIED,),
+    ),
+    "two slices, a stage on each, accumulation": (2, (*SLICES, "batch.accumulation=2"), ()),
+}  # fmt: skip
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", OTHERS)
+def test_so_they_are_with_tied_embeddings_and_over_slices(how: str) -> None:
+    slices, overrides, alone = OTHERS[how]
+    run = config("model.matmul_precision=highest", f"model.segments.0.repeats={LAYERS}", *GRADIENT, *overrides)
+    assert list(check_train(run, slices=slices, devices_per_slice=8 // slices, processes=1)) == []
+    assert_same_step(one_step(run, slices=slices, batch=ragged_batch(0)), in_order(*alone))
 
 
 SHAPES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -131,20 +132,46 @@ def zero() -> Run:
     return Run(ZERO)
 
 
-def test_losses_are_those_of_plain_data_parallelism_and_each_continues_the_others_checkpoint(plain: Run, zero: Run, tmp_path: Path) -> None:
+def assert_trains_as(plain: Run, zero: Run, directory: Path) -> None:
+    """Losses of four steps at 1e-6; then each restores the other's state bit for bit, and goes on with its losses."""
     first = initial_state(plain.config, plain.spec)
     ours, losses = zero.train(jax.device_put(first, zero.spec.shardings, may_alias=False), 0, 4)
     theirs, expected = plain.train(first, 0, 4)
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
-    save(ours, tmp_path / "zero")
-    save(theirs, tmp_path / "plain")
-    for run, directory in ((plain, "zero"), (zero, "plain")):
-        restored = run.restore(tmp_path / directory)
-        for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves({"zero": ours, "plain": theirs}[directory]), strict=True):
+    save(ours, directory / "zero")
+    save(theirs, directory / "plain")
+    for run, name in ((plain, "zero"), (zero, "plain")):
+        restored = run.restore(directory / name)
+        for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves({"zero": ours, "plain": theirs}[name]), strict=True):
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
         _, onwards = run.train(restored, 4, 2)
-        _, reference = plain.train(plain.restore(tmp_path / "plain"), 4, 2)
+        _, reference = plain.train(plain.restore(directory / "plain"), 4, 2)
         np.testing.assert_allclose(onwards, reference, rtol=1e-6)
+
+
+def assert_holds_half(plain: Run, zero: Run) -> None:
+    """Of every weight and every tensor of the optimizer a device is given half of what it is without, `data` being 2."""
+    saved = 0
+    for whole, part in zip(jax.tree.leaves(plain.spec.abstract), jax.tree.leaves(zero.spec.abstract), strict=True):
+        sizes = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in (whole, part)]
+        if whole.size > 2:  # counters and keys
+            assert sizes[0] == 2 * sizes[1], whole
+            saved += sizes[1] * whole.dtype.itemsize
+    plain_bytes, zero_bytes = (run.step.memory_analysis().argument_size_in_bytes for run in (plain, zero))
+    assert plain_bytes - zero_bytes == saved
+
+
+def test_losses_are_those_of_plain_data_parallelism_and_each_continues_the_others_checkpoint(plain: Run, zero: Run, tmp_path: Path) -> None:
+    assert_trains_as(plain, zero, tmp_path)
+    assert_holds_half(plain, zero)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("optimizer", ["{type: muon}", "{type: sgd, momentum: 0.9}", "{type: adafactor, factored_from: 8}", "{type: lion}"])
+def test_so_it_is_for_every_optimizer(optimizer: str, tmp_path: Path) -> None:
+    plain, zero = (Run(f"optimizer={optimizer}", *overrides) for overrides in ((), (ZERO,)))
+    assert_trains_as(plain, zero, tmp_path)
+    assert_holds_half(plain, zero)
 
 
 def over_data(run: Run) -> list[tuple[str, Collective]]:
