@@ -1,4 +1,5 @@
-"""The API server as a few verbs on plain dicts. No typed models: they cost a second to parse what stays a dict here.
+"""The API server as a few verbs on plain dicts. No typed models: they cost a second to parse what stays a dict here, and the
+Kubernetes client library, which has them, half a second to import.
 
 Every method raises launcher.errors.Unavailable (TemporarilyUnavailable where trying again may help), NotFound or
 AlreadyExists; `doing` of an error is built from the verb and the object.
@@ -14,8 +15,6 @@ from typing import Any, Final
 from urllib.parse import quote
 
 import urllib3
-from kubernetes.client.exceptions import ApiException
-from kubernetes.dynamic import DynamicClient
 
 from launcher.backend.kubernetes_errors import TemporarilyUnavailable, from_connection, from_status
 from launcher.backend.kubernetes_login import Login
@@ -62,31 +61,29 @@ class Api:
         self.where = login.where
         self.requests = 0
         """Made so far."""
-        self._client: Any = DynamicClient(login.client, discoverer=_discover_nothing)  # untyped
+        self._transport = login.transport
 
     def get(self, resource: Resource, namespace: str, name: str) -> Manifest:
         return self._json("get", resource.path(namespace, name), f"read {_said(resource, name)}")
 
     def list(self, resource: Resource, namespace: str, *, labels: str | None = None) -> list[Manifest]:
         items: list[Manifest] = []
-        token: str | None = None
+        following: dict[str, Any] = {}
         while True:
-            page = self._json(
-                "get", resource.path(namespace), f"list {resource.plural}", label_selector=labels, limit=PAGE, _continue=token
-            )
+            page = self._json("get", resource.path(namespace), f"list {resource.plural}", labelSelector=labels, limit=PAGE, **following)
             items.extend(page["items"])
-            token = mapping(page.get("metadata")).get("continue")
-            if not token:
+            following = {key: value for key, value in mapping(page.get("metadata")).items() if key == "continue" and value}
+            if not following:
                 return items
 
     def list_whole(self, resource: Resource, namespace: str, *, labels: str | None = None, fields: str | None = None) -> list[Manifest]:
         """In one request, however many there are."""
-        parameters = {"label_selector": labels, "field_selector": fields}
-        return self._json("get", resource.path(namespace), f"list {resource.plural}", **parameters)["items"]
+        path = resource.path(namespace)
+        return self._json("get", path, f"list {resource.plural}", labelSelector=labels, fieldSelector=fields)["items"]
 
     def list_at(self, resource: Resource, namespace: str, *, labels: str | None = None) -> tuple[list[Manifest], str]:
         """All of them, and the version of the whole from which `changes` goes on."""
-        page = self._json("get", resource.path(namespace), f"list {resource.plural}", label_selector=labels)
+        page = self._json("get", resource.path(namespace), f"list {resource.plural}", labelSelector=labels)
         return page["items"], page["metadata"]["resourceVersion"]
 
     def changes(
@@ -97,11 +94,11 @@ class Api:
             "get",
             resource.path(namespace),
             f"watch {resource.plural}",
-            label_selector=labels,
-            resource_version=version,
-            timeout_seconds=max(1, round(timeout_seconds)),
+            labelSelector=labels,
+            resourceVersion=version,
+            timeoutSeconds=max(1, round(timeout_seconds)),
             watch=True,
-            _request_timeout=(CONNECT_SECONDS, timeout_seconds + READ_SECONDS),
+            read_seconds=timeout_seconds + READ_SECONDS,
         )
         rest = b""
         try:
@@ -128,9 +125,9 @@ class Api:
             resource.path(namespace),
             f"{'check' if dry_run else 'create'} {_said(resource, manifest['metadata']['name'])}",
             body=manifest,
-            dry_run="All" if dry_run else None,
-            field_manager=FIELD_MANAGER,
-            query_params=[("fieldValidation", "Strict")],
+            dryRun="All" if dry_run else None,
+            fieldManager=FIELD_MANAGER,
+            fieldValidation="Strict",
         )
 
     def served_version(self, group: str) -> str | None:
@@ -155,7 +152,7 @@ class Api:
             f"change {_said(resource, name)}",
             body=change,
             content_type="application/merge-patch+json",
-            field_manager=FIELD_MANAGER,
+            fieldManager=FIELD_MANAGER,
         )
 
     def delete(self, resource: Resource, namespace: str, name: str, *, uid: str | None = None, at_once: bool = False) -> None:
@@ -173,11 +170,11 @@ class Api:
             "get",
             resource.path(metadata["namespace"]),
             f"watch {_said(resource, metadata['name'])}",
-            field_selector=f"metadata.name={metadata['name']}",
-            resource_version=metadata["resourceVersion"],
-            timeout_seconds=max(1, round(timeout_seconds)),
+            fieldSelector=f"metadata.name={metadata['name']}",
+            resourceVersion=metadata["resourceVersion"],
+            timeoutSeconds=max(1, round(timeout_seconds)),
             watch=True,
-            _request_timeout=(CONNECT_SECONDS, timeout_seconds + READ_SECONDS),
+            read_seconds=timeout_seconds + READ_SECONDS,
         )
         try:
             next(response.stream(), None)
@@ -194,13 +191,10 @@ class Api:
         With `follow` it ends when the container has ended, or has been silent for READ_SECONDS: a connection that a
         gateway has dropped looks like a silent one. Raises TemporarilyUnavailable when the stream is cut.
         """
-        query = [("container", container), ("timestamps", "true"), ("follow", "true" if follow else "false")]
-        if since:
-            query.append(("sinceTime", since))
-        if tail is not None:
-            query.append(("tailLines", str(tail)))
-        doing = f"read the log of pod {pod!r}"
-        response = self._request("get", POD.path(namespace, pod, "log"), doing, query_params=query, header_params={"Accept": "*/*"})
+        doing, path = f"read the log of pod {pod!r}", POD.path(namespace, pod, "log")
+        response = self._request(
+            "get", path, doing, accept="*/*", container=container, timestamps=True, follow=follow, sinceTime=since, tailLines=tail
+        )
         rest = b""
         try:
             for chunk in response.stream():
@@ -215,25 +209,47 @@ class Api:
         if rest:
             yield rest
 
-    def _json(self, method: str, path: str, doing: str, **parameters: Any) -> Manifest:
-        response = self._request(method, path, doing, **parameters)
+    def _json(self, method: str, path: str, doing: str, *, body: Manifest | None = None, **parameters: Any) -> Manifest:
+        response = self._request(method, path, doing, body=body, accept_encoding="gzip", **parameters)
         try:
-            return json.loads(response.data)
-        except urllib3.exceptions.HTTPError as error:
-            raise from_connection(error, doing=doing, where=self.where) from None
-
-    def _request(self, method: str, path: str, doing: str, **parameters: Any) -> urllib3.BaseHTTPResponse:
-        parameters.setdefault("_request_timeout", (CONNECT_SECONDS, READ_SECONDS))
-        self.requests += 1
-        try:
-            return self._client.request(method, path, serialize=False, **parameters)
-        except ApiException as untyped:
-            error: Any = untyped
-            if not error.status:  # the client library's form of a TLS failure
-                raise from_connection(error, doing=doing, where=self.where) from None
-            raise from_status(error.status, error.body, doing=doing, where=self.where) from None
+            return parsed(response.data)
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise from_connection(error, doing=doing, where=self.where) from None
+        except ValueError:
+            raise Unavailable(
+                f"cannot {doing}: {self.where} does not answer as an API server", hint="check the server in the kubeconfig"
+            ) from None
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        doing: str,
+        *,
+        body: Manifest | None = None,
+        content_type: str = "application/json",
+        accept: str = "application/json",
+        accept_encoding: str = "identity",
+        read_seconds: float = READ_SECONDS,
+        **parameters: str | float | bool | None,
+    ) -> urllib3.BaseHTTPResponse:
+        """`parameters` are the API's own names; None is not sent."""
+        self.requests += 1
+        sent = [(key, _said_in_query(value)) for key, value in parameters.items() if value is not None]
+        headers = {"Accept": accept, "Accept-Encoding": accept_encoding, "User-Agent": FIELD_MANAGER}
+        if body is not None:
+            headers["Content-Type"] = content_type
+        try:
+            response = self._transport.request(
+                method.upper(), path, query=sent, body=None if body is None else json.dumps(body).encode(), headers=headers,
+                connect_seconds=CONNECT_SECONDS, read_seconds=read_seconds,
+            )  # fmt: skip
+            if response.status < 300:
+                return response
+            status, answer = response.status, response.data
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise from_connection(error, doing=doing, where=self.where) from None
+        raise from_status(status, answer, doing=doing, where=self.where)
 
 
 class Patience:
@@ -257,8 +273,24 @@ class Patience:
         return self._pause
 
 
-def _discover_nothing(*_: Any) -> None:
-    """Paths are known here; asking the server for them costs several requests a command."""
+def parsed(text: bytes) -> Any:
+    """The JSON of an answer, without `managedFields`: the bookkeeping of who set which field is half of an object, nobody here reads
+    it, and parsing it takes most of the time of a large job's listing.
+
+    A quote inside of a JSON string is escaped, so the key is found only where it is one. Its list has no list in it and ends with
+    the first `}]`, unless a key in it has such letters: then what is left is no JSON, and all of it is parsed.
+    """
+    first, *rest = text.split(b',"managedFields":[')
+    try:
+        return json.loads(b"".join([first, *(part.partition(b"}]")[2] for part in rest)]))
+    except ValueError:
+        if not rest:
+            raise
+        return json.loads(text)
+
+
+def _said_in_query(value: str | float | bool) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _said(resource: Resource, name: str) -> str:

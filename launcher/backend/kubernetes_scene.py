@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -12,7 +13,7 @@ from launcher.backend.kubernetes_queue import workload_of
 from launcher.backend.scene import USUAL_EVENTS, Scene, is_queued, own_events
 from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Manifest, PodStatus, pod_status
 from launcher.backend.values import items, mapping
-from launcher.errors import NotFound, Unavailable
+from launcher.errors import NnxlaunchError, NotFound, Unavailable
 from launcher.labels import ACCELERATOR_LABEL
 
 REQUESTS: Final = 5
@@ -31,6 +32,7 @@ class SceneReader:
         self._kueue = 0  # index of the version that is served
         self._denied: set[str] = set()
         self._left = 0
+        self._lock = threading.Lock()
 
     def read(self, jobset: Manifest) -> Scene:
         """`jobset` has just been read: that was the first request."""
@@ -38,7 +40,7 @@ class SceneReader:
         self._absent: list[str] = []
         parts: dict[str, Any] = self._queued(jobset) if is_queued(jobset) else self._started(jobset)
         return Scene(
-            jobset=_lean(jobset),
+            jobset=jobset,
             read_at=datetime.now(UTC).isoformat(),
             absent=tuple(self._absent),
             unreadable=tuple(sorted(self._denied)),
@@ -48,12 +50,12 @@ class SceneReader:
     def _queued(self, jobset: Manifest) -> dict[str, Any]:
         queue = jobset["metadata"]["labels"][QUEUE_LABEL]
         workloads = self._workloads()
-        found: dict[str, Any] = {"workloads": tuple(map(_lean, workloads))}
+        found: dict[str, Any] = {"workloads": tuple(workloads)}
         local = self._get(self._of_kueue("LocalQueue", "localqueues"), self._namespace, queue)
         if local:
-            found["local_queue"] = _lean(local)
+            found["local_queue"] = local
             if cluster := self._get(self._of_kueue("ClusterQueue", "clusterqueues"), "", local["spec"]["clusterQueue"]):
-                found["cluster_queue"] = _lean(cluster)
+                found["cluster_queue"] = cluster
         if workload_of(jobset, workloads) is None:
             found["events"] = self._events(jobset)
         elif local:
@@ -62,22 +64,21 @@ class SceneReader:
 
     def _started(self, jobset: Manifest) -> dict[str, Any]:
         name = jobset["metadata"]["name"]
+        events = _Meanwhile(lambda: self._events(jobset))
         pods = self._list(POD, labels=f"{JOBSET_NAME_LABEL}={name}")
         states = [pod_status(pod) for pod in pods]
         waiting = [pod for pod, state in zip(pods, states, strict=True) if state.node is None and not state.leaving]
+        lost = any(_lost(pod) for pod in pods)
+        more = _Meanwhile(lambda: {"nodes": self._nodes(waiting or pods)} if waiting or lost else self._speech(states))
         jobs = self._list(JOB, labels=JOBSET_NAME_LABEL if waiting else f"{JOBSET_NAME_LABEL}={name}")
         own = [job for job in jobs if job["metadata"]["labels"][JOBSET_NAME_LABEL] == name]
-        found: dict[str, Any] = {
-            "pods": tuple(map(_lean, pods)),
-            "jobs": tuple(map(_lean, own)),
+        return {
+            "pods": tuple(pods),
+            "jobs": tuple(own),
             "rivals": tuple(_rival(job) for job in jobs if job not in own and mapping(job.get("status")).get("active")),
-            "events": self._events(jobset),
+            "events": events.result(),
+            **more.result(),
         }
-        if waiting or any(_lost(pod) for pod in pods):
-            found["nodes"] = self._nodes(waiting or pods)
-        elif speaker := _process_0(states):
-            found["log"] = self._log(speaker)
-        return found
 
     def _workloads(self) -> list[Manifest]:
         """Of the cluster where this user may list them, so that whoever uses the quota has a name; else of the namespace."""
@@ -115,7 +116,7 @@ class SceneReader:
 
     def _events(self, jobset: Manifest) -> tuple[Manifest, ...]:
         unusual = ",".join(f"reason!={reason}" for reason in USUAL_EVENTS)
-        return tuple(map(_lean, own_events(jobset, self._list(EVENT, fields=unusual))))
+        return own_events(jobset, self._list(EVENT, fields=unusual))
 
     def _nodes(self, pods: list[Manifest]) -> tuple[Manifest, ...]:
         """Those of TPUs where the job wants TPUs; the alternatives are part of the answer, so not only those it asks for."""
@@ -123,24 +124,32 @@ class SceneReader:
         found = self._ask("nodes", lambda: self._api.list_whole(NODE, "", labels=ACCELERATOR_LABEL if tpu else None))
         return tuple(map(_lean_node, found or []))
 
-    def _log(self, pod: PodStatus) -> tuple[str, ...]:
-        """Empty as well where the node that has it does not answer: a log is not worth failing for."""
+    def _speech(self, pods: list[PodStatus]) -> dict[str, Any]:
+        """The end of process 0's log; empty as well where the node that has it does not answer: a log is not worth failing for."""
+        pod = _process_0(pods)
+        if pod is None:
+            return {}
         try:
             lines = self._ask(
                 "pods/log", lambda: list(self._api.log(self._namespace, pod.name, container=pod.container, follow=False, tail=LOG_LINES))
             )
         except (NotFound, Unavailable):
-            return ()
-        return tuple(line.decode("utf-8", "replace") for line in lines or ())
+            return {}
+        return {"log": tuple(line.decode("utf-8", "replace") for line in lines or ())}
 
     def _of_kueue(self, kind: str, plural: str) -> Resource:
         return Resource(f"{KUEUE}/{KUEUE_VERSIONS[self._kueue]}", kind, plural)
 
     def _list(self, resource: Resource, *, labels: str | None = None, fields: str | None = None) -> list[Manifest]:
-        if self._left <= 0:
+        if not self._take():
             return []
-        self._left -= 1
         return self._api.list_whole(resource, self._namespace, labels=labels, fields=fields)
+
+    def _take(self) -> bool:
+        """Whether there is a request left; it is taken."""
+        with self._lock:
+            self._left -= 1
+            return self._left >= 0
 
     def _get(self, resource: Resource, namespace: str, name: str) -> Manifest | None:
         try:
@@ -151,14 +160,36 @@ class SceneReader:
 
     def _ask[T](self, what: str, ask: Callable[[], T]) -> T | None:
         """None where this user may not, or where the requests are used up."""
-        if what in self._denied or self._left <= 0:
+        if what in self._denied or not self._take():
             return None
-        self._left -= 1
         try:
             return ask()
         except NotAllowed:
             self._denied.add(what)
             return None
+
+
+class _Meanwhile[T]:
+    """`ask` in a thread of its own: the server answers one request while another answer is being parsed."""
+
+    def __init__(self, ask: Callable[[], T]) -> None:
+        self._ask = ask
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def result(self) -> T:
+        """Waits; raises what `ask` has raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+    def _run(self) -> None:
+        self._error: NnxlaunchError | None = None
+        try:
+            self._found = self._ask()
+        except NnxlaunchError as error:
+            self._error = error
 
 
 def _process_0(pods: list[PodStatus]) -> PodStatus | None:
@@ -171,12 +202,6 @@ def _lost(pod: Manifest) -> bool:
     status = mapping(pod.get("status"))
     ready = any(c.get("type") == "Ready" and c.get("status") == "True" for c in items(status.get("conditions")))
     return status.get("phase") == "Running" and not ready and "deletionTimestamp" not in pod["metadata"]
-
-
-def _lean(found: Manifest) -> Manifest:
-    """Without the bookkeeping of server-side apply, half of an object's size."""
-    metadata = {key: value for key, value in found["metadata"].items() if key != "managedFields"}
-    return {**found, "metadata": metadata}
 
 
 def _rival(job: Manifest) -> Manifest:

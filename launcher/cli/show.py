@@ -80,7 +80,9 @@ def _pods(status: JobStatus) -> str:
     if len(shown) > PODS_SHOWN:
         odd = [pod for pod in shown if not pod.ready or pod.leaving or pod.attempt != status.attempt]
         shown = odd[:PODS_SHOWN]
-        rest = f"\n{len(status.pods) - len(shown)} more pods ({len(odd) - len(shown)} of them not ready); all of them: --output json"
+        hidden, not_ready = len(status.pods) - len(shown), len(odd) - len(shown)
+        which = f"{hidden} more pods, {not_ready} of them not ready" if not_ready else f"{hidden} pods are ready"
+        rest = f"\n{which}; all of them: --output json" if shown else f"{which}; all of them: --output json"
     rows = [
         (
             str(pod.slice_index), str(pod.worker), str(pod.attempt), "Leaving" if pod.leaving else pod.phase,
