@@ -18,7 +18,7 @@ from launcher.backend.scene import Scene, event_of, own_events
 from launcher.backend.selection import Selection
 from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Event, JobState, JobStatus, LogLine, Manifest, job_status
 from launcher.backend.values import mapping
-from launcher.errors import NotFound, Unavailable
+from launcher.errors import AlreadyExists, NotFound, Unavailable
 from launcher.labels import MANAGED_BY, MANAGED_BY_LABEL, XPK_LABEL
 from trainer.contract import CONFIG_FILE
 
@@ -47,7 +47,7 @@ class KubernetesBackend:
         from launcher.backend.kubernetes_submit import Submission
 
         submission = Submission(self._api, self.namespace, manifests)
-        submission.create(remove=self.delete if replace else None)
+        submission.create(remove=self._make_room if replace else None)
         return self.get(submission.name)
 
     def check(self, manifests: Sequence[Manifest], *, replace: bool = False) -> None:
@@ -130,7 +130,7 @@ class KubernetesBackend:
         since_seconds: float | None = None,
     ) -> Iterator[LogLine]:  # fmt: skip
         self._jobset(name)
-        since = None if since_seconds is None else since_time(since_seconds)
+        since = None if since_seconds is None else since_time(self._api.now(), since_seconds)
         selection = Selection(slice_index=slice_index, worker=worker, since=since)
         return (follow_logs if follow else read_logs)(self._api, self.namespace, name, selection)
 
@@ -154,12 +154,20 @@ class KubernetesBackend:
     def scene(self, name: str) -> Scene:
         return self._scenes.read(self._jobset(name))
 
+    def _make_room(self, name: str) -> None:
+        if not _is_a_job(self._jobset(name)):
+            raise AlreadyExists(
+                f"JobSet {name!r} in namespace {self.namespace!r} is of another tool, which --replace leaves alone",
+                hint=f"choose another name, or remove it with: nnxlaunch delete {name} -n {self.namespace}",
+            )
+        self.delete(name)
+
     def _jobset(self, name: str) -> Manifest:
         try:
             return self._api.get(JOBSET, self.namespace, name)
         except NotFound:
             where = f"namespace {self.namespace!r} of {self._api.where}"
-            raise NotFound(f"no job {name!r} in {where}", hint="see what there is with: nnxlaunch list") from None
+            raise NotFound(f"no job {name!r} in {where}", hint=f"see what there is with: nnxlaunch list -n {self.namespace}") from None
 
     def _status(self, jobset: Manifest) -> JobStatus:
         pods, jobs = self._children(jobset["metadata"]["name"])

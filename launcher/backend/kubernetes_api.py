@@ -11,6 +11,8 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -26,6 +28,7 @@ CONNECT_SECONDS: Final = 10
 READ_SECONDS: Final = 30
 PAGE: Final = 500
 FIELD_MANAGER: Final = "nnxlaunch"
+CLOCKS_AGREE: Final = timedelta(seconds=5)
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,16 @@ class Api:
         self.where = login.where
         self.requests = 0
         """Made so far."""
+        self.ahead = timedelta()
+        """How far the server's clock, which all times of its objects are of, is ahead of this machine's."""
         self._transport = login.transport
 
+    def now(self) -> datetime:
+        """By the server's clock, once it has answered; this machine's may be wrong."""
+        return datetime.now(UTC) + self.ahead
+
     def get(self, resource: Resource, namespace: str, name: str) -> Manifest:
-        return self._json("get", resource.path(namespace, name), f"read {_said(resource, name)}")
+        return self._json("get", _path(resource, namespace, name), f"read {_said(resource, name)}")
 
     def list(self, resource: Resource, namespace: str, *, labels: str | None = None) -> list[Manifest]:
         items: list[Manifest] = []
@@ -148,7 +157,7 @@ class Api:
         """Merge `change` into the object (RFC 7386)."""
         return self._json(
             "patch",
-            resource.path(namespace, name),
+            _path(resource, namespace, name),
             f"change {_said(resource, name)}",
             body=change,
             content_type="application/merge-patch+json",
@@ -161,7 +170,7 @@ class Api:
         options: Manifest = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": policy}
         if uid:
             options["preconditions"] = {"uid": uid}
-        self._json("delete", resource.path(namespace, name), f"delete {_said(resource, name)}", body=options)
+        self._json("delete", _path(resource, namespace, name), f"delete {_said(resource, name)}", body=options)
 
     def wait_for_change(self, resource: Resource, seen: Manifest, *, timeout_seconds: float) -> None:
         """Return when the object is no longer as it was `seen`, or after the time."""
@@ -244,12 +253,21 @@ class Api:
                 method.upper(), path, query=sent, body=None if body is None else json.dumps(body).encode(), headers=headers,
                 connect_seconds=CONNECT_SECONDS, read_seconds=read_seconds,
             )  # fmt: skip
+            self._compare_clocks(response.headers.get("Date"))
             if response.status < 300:
                 return response
             status, answer = response.status, response.data
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise from_connection(error, doing=doing, where=self.where) from None
         raise from_status(status, answer, doing=doing, where=self.where)
+
+    def _compare_clocks(self, date: str | None) -> None:
+        """A few seconds are the way of the answer, and the header's own precision."""
+        try:
+            ahead = parsedate_to_datetime(date or "") - datetime.now(UTC)
+        except ValueError:
+            return
+        self.ahead = ahead if abs(ahead) > CLOCKS_AGREE else timedelta()
 
 
 class Patience:
@@ -287,6 +305,13 @@ def parsed(text: bytes) -> Any:
         if not rest:
             raise
         return json.loads(text)
+
+
+def _path(resource: Resource, namespace: str, name: str) -> str:
+    """Of one object. Raises NotFound for a name that would lead to another place: to all objects of the kind, say."""
+    if name in ("", ".", ".."):
+        raise NotFound(f"{resource.kind} {name!r}: nothing has such a name", hint="list what there is with: nnxlaunch list")
+    return resource.path(namespace, name)
 
 
 def _said_in_query(value: str | float | bool) -> str:

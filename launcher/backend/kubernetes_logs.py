@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Final
 
 from launcher.backend.kubernetes_api import JOBSET, POD, Api, Patience
@@ -165,9 +165,9 @@ class _Following:
                 continue
 
 
-def since_time(seconds: float) -> str:
-    """As the API wants the beginning of a log: RFC 3339, whole seconds."""
-    return (datetime.now(UTC) - timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
+def since_time(now: datetime, seconds: float) -> str:
+    """As the API wants the beginning of a log, so long before `now`: RFC 3339, whole seconds."""
+    return (now - timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _lines(api: Api, namespace: str, pod: PodStatus, selection: Selection) -> Iterator[_Stamped]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any, Final
 
 from launcher.backend.kubernetes_api import EVENT, JOB, POD, Api, Resource
@@ -41,7 +40,7 @@ class SceneReader:
         parts: dict[str, Any] = self._queued(jobset) if is_queued(jobset) else self._started(jobset)
         return Scene(
             jobset=jobset,
-            read_at=datetime.now(UTC).isoformat(),
+            read_at=self._api.now().isoformat(),
             absent=tuple(self._absent),
             unreadable=tuple(sorted(self._denied)),
             **parts,

@@ -64,12 +64,12 @@ class Submission:
             with suppress(NotFound):
                 remove(self.name)
         starts_by_itself = not self._jobset["spec"].get("suspend") and QUEUE_LABEL not in mapping(self._jobset["metadata"].get("labels"))
-        try:
-            jobset = self._api.create(JOBSET, self._namespace, self._placed(self._held(suspend=starts_by_itself)))
-        except AlreadyExists:
-            jobset = self._unfinished()
         with ExitStack() as undo:
-            undo.callback(self._api.delete, JOBSET, self._namespace, self.name, uid=jobset["metadata"]["uid"])
+            try:
+                jobset = self._api.create(JOBSET, self._namespace, self._placed(self._held(suspend=starts_by_itself)))
+                undo.callback(self._api.delete, JOBSET, self._namespace, self.name, uid=jobset["metadata"]["uid"])
+            except AlreadyExists:
+                jobset = self._unfinished()  # of somebody else, perhaps, who is about to complete it
             for resource, manifest in self._resources:
                 if resource is not JOBSET:
                     self._create_owned(resource, manifest, owner=jobset)
@@ -87,7 +87,8 @@ class Submission:
         """The JobSet an interrupted submit of this spec has left. Raises AlreadyExists when it is anything else."""
         present = self._api.get(JOBSET, self._namespace, self.name)
         metadata = present["metadata"]
-        what = f"a job {self.name!r} exists already in namespace {self._namespace!r}"
+        by = mapping(metadata.get("annotations")).get(SUBMITTED_BY_ANNOTATION)
+        what = f"a job {self.name!r}{f' of {by}' if by else ''} exists already in namespace {self._namespace!r}"
         if metadata.get("deletionTimestamp"):
             raise AlreadyExists(f"{what} and is being deleted", hint="wait until it is gone, or add --replace, which waits")
         same = mapping(metadata.get("labels")).get(SPEC_HASH_LABEL) == self._jobset["metadata"]["labels"][SPEC_HASH_LABEL]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from launcher.backend import BackendKind
 from launcher.cli.options import BackendChoice, Context, JobName, Kubeconfig, Namespace
 
@@ -24,5 +26,9 @@ def command(
 
     target = connect(backend, context=context, kubeconfig=kubeconfig, namespace=namespace, name=name)
     job(target, backend, name)
-    target.delete(name)
+    try:
+        target.delete(name)
+    except KeyboardInterrupt:
+        print(f"interrupted: {name} goes on being removed, once that was asked for", file=sys.stderr)
+        raise
     print(f"{name}: cancelled")

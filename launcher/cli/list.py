@@ -43,12 +43,16 @@ def command(
     from launcher.cli.backends import connect
     from launcher.cli.output import emit, table
 
-    found = connect(backend, context=context, kubeconfig=kubeconfig, namespace=namespace).list()
+    target = connect(backend, context=context, kubeconfig=kubeconfig, namespace=namespace)
+    found = target.list()
     found = [status for status in found if not state or status.state in state]
     if mine:
         found = [status for status in found if status.annotations.get(SUBMITTED_BY_ANNOTATION) == user()]
     if output in (Form.JSON, Form.YAML):
         emit([as_data(status) for status in found], Output(output.value))
+        return
+    if not found:
+        print(f"no {'such jobs' if state or mine else 'jobs'} in namespace {target.namespace}")
         return
     wide = output is Form.WIDE
     header = ("NAME", "STATE", "READY", "RESTARTS", "FREE", "AGE", *(("SLICES", "QUEUE", "USER") if wide else ()), "MESSAGE")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from launcher.backend import BackendKind, JobState
 from launcher.cli.options import BackendChoice, Context, JobName, Kubeconfig, Namespace
 
@@ -21,7 +23,7 @@ def command(
     For a job that runs but does not go on: no restart is counted. In a queue it gives its quota back and queues again. A job
     that has ended is started again by `submit --replace`.
     """
-    from launcher.cli.backends import connect, job
+    from launcher.cli.backends import connect, flags, job
     from launcher.errors import Unavailable
 
     target = connect(backend, context=context, kubeconfig=kubeconfig, namespace=namespace, name=name)
@@ -31,7 +33,11 @@ def command(
             "a job of this machine cannot be restarted in place",
             hint="nnxlaunch submit SPEC --replace --backend local goes on from its last committed checkpoint",
         )
-    if before.state not in (JobState.SUSPENDED, JobState.QUEUED):
-        target.suspend(name)
-    status = target.resume(name)
+    try:
+        if before.state not in (JobState.SUSPENDED, JobState.QUEUED):
+            target.suspend(name)
+        status = target.resume(name)
+    except KeyboardInterrupt:
+        print(f"interrupted: {name} may be suspended now; go on with: nnxlaunch resume {name}{flags(backend, namespace)}", file=sys.stderr)
+        raise
     print(f"{name}: {status.state}{f': {status.message}' if status.message else ''}")

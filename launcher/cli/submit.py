@@ -71,4 +71,4 @@ def command(
     if attach:
         from launcher.cli.follow import follow
 
-        follow(target, backend, status.name)
+        follow(target, status.name, options=options)

@@ -69,28 +69,30 @@ def made(namespace: str, name: str) -> list[tuple[str, list[str], Any]]:
     )
 
 
-def test_a_submit_killed_after_any_call_is_completed_by_the_next_one(backend: KubernetesBackend, namespace: str, tmp_path: Path) -> None:
-    def manifests(name: str) -> list[Manifest]:
-        found = cheap_job(name, WAITS)
-        pod = found[-1]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-        pod["nodeSelector"] = {"example.com/nowhere": "true"}  # nothing runs: only the objects count here
-        return found
+def nowhere(name: str, **changes: Any) -> list[Manifest]:
+    """A job of which nothing runs: only the objects count."""
+    found = cheap_job(name, WAITS, **changes)
+    pod = found[-1]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    pod["nodeSelector"] = {"example.com/nowhere": "true"}
+    return found
 
+
+def test_a_submit_killed_after_any_call_is_completed_by_the_next_one(backend: KubernetesBackend, namespace: str, tmp_path: Path) -> None:
     with door() as through:
-        assert submit(through, tmp_path / "config", namespace, manifests("whole")) == 0
+        assert submit(through, tmp_path / "config", namespace, nowhere("whole")) == 0
         calls = list(through.changes)
         assert calls == ["POST jobsets", "POST serviceaccounts", "POST configmaps", "POST networkpolicies", "PATCH whole"]
         for after, name in enumerate(("kill1", "kill2", "kill3", "kill4"), 1):
-            assert submit(through, tmp_path / "config", namespace, manifests(name), kill_after=after) == -9
+            assert submit(through, tmp_path / "config", namespace, nowhere(name), kill_after=after) == -9
             assert backend.get(name).state is JobState.SUSPENDED, "nothing starts before everything is there"
-            backend.create(manifests(name))
+            backend.create(nowhere(name))
             assert made(namespace, name) == made(namespace, "whole"), f"killed after {calls[after - 1]}"
 
 
 def test_a_half_made_job_of_another_spec_is_not_completed(backend: KubernetesBackend, namespace: str, tmp_path: Path) -> None:
     with door() as through:
-        assert submit(through, tmp_path / "config", namespace, cheap_job("halfway", WAITS), kill_after=1) == -9
-    other = cheap_job("halfway", WAITS, grace_seconds=3)
+        assert submit(through, tmp_path / "config", namespace, nowhere("halfway"), kill_after=1) == -9
+    other = nowhere("halfway", grace_seconds=3)
     with pytest.raises(AlreadyExists, match="interrupted submit of another spec"):
         backend.create(other)
     backend.create(other, replace=True)
@@ -99,6 +101,15 @@ def test_a_half_made_job_of_another_spec_is_not_completed(backend: KubernetesBac
         backend.create(other)
     assert "--attach" in caught.value.hint
     backend.delete("halfway")
+
+
+def test_what_another_tool_has_made_is_not_replaced(backend: KubernetesBackend, namespace: str) -> None:
+    (theirs,) = (manifest for manifest in nowhere("theirs") if manifest["kind"] == "JobSet")
+    theirs["metadata"]["labels"] = {}
+    kubectl("-n", namespace, "create", "-f", "-", stdin=json.dumps(theirs))
+    with pytest.raises(AlreadyExists, match="of another tool, which --replace leaves alone"):
+        backend.create(nowhere("theirs"), replace=True)
+    backend.delete("theirs")
 
 
 def published(version: str) -> Manifest:

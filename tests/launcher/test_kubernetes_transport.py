@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from launcher.backend.kubernetes_api import POD, Api, parsed
 from launcher.backend.kubernetes_login import log_in
-from launcher.errors import Unavailable
+from launcher.errors import NotFound, Unavailable
 
 
 class Server(ThreadingHTTPServer):
@@ -30,6 +31,7 @@ class Server(ThreadingHTTPServer):
         self.seen: list[dict[str, str]] = []
         self.accepted: str | None = None
         self.answer = b'{"items": []}'
+        self.ahead = timedelta()  # its clock
 
     @property
     def url(self) -> str:
@@ -48,6 +50,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return format_datetime(datetime.now(UTC) + self.server.ahead, usegmt=True)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing is printed."""
@@ -140,6 +145,24 @@ def test_a_server_that_is_none_is_said_so(tmp_path: Path, server: Server) -> Non
         api(tmp_path, server.url, {}).list(POD, "a")
     with pytest.raises(Unavailable, match="is no address"):
         api(tmp_path, "prod.example.com", {})
+
+
+def test_a_name_that_leads_to_all_jobs_is_none(tmp_path: Path, server: Server) -> None:
+    connection = api(tmp_path, server.url, {})
+    for name in ("", ".", ".."):
+        for call in (connection.get, connection.delete):
+            with pytest.raises(NotFound, match="nothing has such a name"):
+                call(POD, "a", name)
+    assert server.seen == []
+
+
+def test_times_are_of_the_servers_clock_where_this_machines_is_wrong(tmp_path: Path, server: Server) -> None:
+    connection = api(tmp_path, server.url, {})
+    connection.list(POD, "a")
+    assert connection.ahead == timedelta()
+    server.ahead = timedelta(hours=2)
+    connection.list(POD, "a")
+    assert timedelta(minutes=119) < connection.now() - datetime.now(UTC) < timedelta(minutes=121)
 
 
 names = st.text(st.sampled_from('abk:"{}[],\\'), max_size=12)

@@ -286,4 +286,4 @@ def test_a_refused_spec_creates_nothing(backend: LocalBackend, tmp_path: Path, c
     assert "train.steps" in capsys.readouterr().err
     assert command("status", "job") == NotFound.exit_code
     assert command("list") == 0 and backend.list() == []
-    assert capsys.readouterr().out.startswith("NAME")
+    assert capsys.readouterr().out == "no jobs in namespace default\n"
