@@ -6,6 +6,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,8 +17,10 @@ from trainer import distributed
 from trainer.aot.executable import load_executable
 from trainer.attempts import numbered, record_attempt
 from trainer.checkpoint import Checkpoints
+from trainer.checkpoint.commit import COMMIT_FILE, checkpoint_directory
 from trainer.checkpoint.mismatch import compare_meta
 from trainer.checkpoint.peers import Peers
+from trainer.checkpoint.storage import open_storage
 from trainer.config.checks import check_train
 from trainer.config.diloco import one_world, worlds_apart
 from trainer.config.problem import ConfigError, Problem
@@ -25,7 +28,7 @@ from trainer.config.terms import eval_terms
 from trainer.config.train import TrainConfig
 from trainer.contract import JOB_UID, Exit, slice_directory
 from trainer.data import BatchLoader, Data, differences, open_data
-from trainer.errors import DataError, ResumeMismatch
+from trainer.errors import CheckpointError, DataError, PeerLost, ResumeMismatch
 from trainer.feed import Feed
 from trainer.loop import Loop
 from trainer.loss import LossSums
@@ -66,7 +69,9 @@ def run(config: TrainConfig) -> Exit:
     meta = functools.partial(_meta, config, data, header)
     begin, accepted = _beginning(config, checkpoints, exchange, world), []
     if begin.step is not None:
-        accepted = _require_same_run(config, begin.checkpoints.meta(begin.step), meta(begin.step))
+        with _not_outrun(begin.directory, directory, begin.step):
+            saved = begin.checkpoints.meta(begin.step)
+        accepted = _require_same_run(config, saved, meta(begin.step))
         _require_steps_ahead(config, begin.step)
     reporter = Reporter(own, directory, header, primary=world.process_index == 0)
     profiler = Profiler(config.profiler, directory, world.process_index)
@@ -90,7 +95,8 @@ def run(config: TrainConfig) -> Exit:
             exchange=exchange,
             leaving=distributed.asked_to_leave,
         )
-        state, done = _first_state(config, spec, begin.checkpoints, begin.step), begin.step or 0
+        with _not_outrun(begin.directory, directory, begin.step):
+            state, done = _first_state(config, spec, begin.checkpoints, begin.step), begin.step or 0
         if exchange and begin.joins:
             state, done = loop.join(exchange, state, done)
             if done >= config.steps:
@@ -138,6 +144,21 @@ def _beginning(config: TrainConfig, checkpoints: Checkpoints, exchange: Exchange
             if found is not None and exchange.round_of(found) > exchange.round_of(best.step or 0):
                 best = _Beginning(theirs, directory, found, joins=True)
     return best
+
+
+@contextmanager
+def _not_outrun(directory: str, mine: str, step: int | None) -> Iterator[None]:
+    """While a step of `directory` is read. Where that is another slice's, which trains on and deletes its old checkpoints, the step
+    may be gone before it is read: then PeerLost, since a restart finds a newer one, and not an error that ends the job."""
+    try:
+        yield
+    except CheckpointError as error:
+        if directory == mine or f"{step}/{COMMIT_FILE}" in open_storage(checkpoint_directory(directory)).files(str(step)):
+            raise
+        raise PeerLost(
+            f"step {step} of {directory} was deleted by its slice, which went on meanwhile ({error})",
+            hint="a restart takes a newer one; with a larger checkpoint.keep_last there is more time to read it",
+        ) from error
 
 
 def _train_step(config: TrainConfig, spec: StateSpec, layout: Layout, reporter: Reporter) -> TrainStep:

@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 
 from tests.gcs_emulator import Gcs
 from tests.trainer.configs import config, layout, ragged_batch
+from trainer.checkpoint.commit import COMMIT_FILE, checkpoint_directory
 from trainer.config.checks import check_train
 from trainer.config.diloco import FilesTransport, one_world
+from trainer.contract import Exit, slice_directory
 from trainer.distributed import enter_own_world, rank_from_environment
-from trainer.errors import PeerLost, Preempted, WorldError
+from trainer.errors import CheckpointError, PeerLost, Preempted, WorldError
 from trainer.feed import Feed
 from trainer.parallel.sharding import Layout
+from trainer.run import _not_outrun
 from trainer.state import describe_state, initial_state, state_items
 from trainer.step import Batch, make_train_step
 from trainer.worlds import Batches, Exchange, Programs
@@ -164,6 +167,25 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     else:
         gcs: Gcs = request.getfixturevalue("gcs")
         yield f"{gcs.url}/worlds-{tmp_path.name}"
+
+
+def test_a_checkpoint_that_its_slice_deletes_while_another_reads_it_is_no_reason_to_end_the_job(tmp_path: Path) -> None:
+    ours, theirs = str(tmp_path), slice_directory(str(tmp_path), 1)
+    of_the_step = Path(checkpoint_directory(theirs), "8", COMMIT_FILE)
+
+    def read(directory: str) -> None:
+        with _not_outrun(directory, ours, 8):
+            raise CheckpointError("a file is missing")
+
+    with pytest.raises(PeerLost, match=r"step 8 of .* was deleted by its slice") as caught:
+        read(theirs)
+    assert caught.value.exit_code is Exit.PEER, "restarted"
+    with pytest.raises(CheckpointError, match=r"^a file is missing"):
+        read(ours)
+    of_the_step.parent.mkdir(parents=True)
+    of_the_step.write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match=r"^a file is missing"):
+        read(theirs)
 
 
 def test_of_many_that_decide_at_once_the_first_decides_for_all(place: str) -> None:

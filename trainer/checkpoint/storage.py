@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
+import logging
 import os
 import shutil
 import uuid
@@ -176,6 +177,7 @@ class _Bucket:
         from google.auth.credentials import AnonymousCredentials
         from google.cloud.storage import Client
 
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # many readers at once are no news: "pool is full"
         if os.environ.get("STORAGE_EMULATOR_HOST"):
             return Client(project="emulator", credentials=AnonymousCredentials()).bucket(self._name)
         return Client().bucket(self._name)
