@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from trainer.checkpoint.huggingface_config import config_for_huggingface, differ
 from trainer.checkpoint.huggingface_families import Family, text_config
 from trainer.checkpoint.huggingface_files import CONFIG_FILE, SafetensorsFolder, write_safetensors
 from trainer.checkpoint.huggingface_names import BLOCK_PREFIX, IGNORED_SUFFIXES, IMAGE_PREFIXES, LANGUAGE_PREFIXES, MODEL, Stored
+from trainer.checkpoint.quantized import unpacked
 from trainer.config.model import Model
 from trainer.config.weights import Weight, weights
 from trainer.errors import CheckpointError
@@ -64,12 +66,18 @@ def load_huggingface(folder: str, abstract: Mapping[str, jax.ShapeDtypeStruct], 
 
 
 def open_huggingface(folder: str) -> SafetensorsFolder:
-    """The folder's language model: of one that also sees images, config and names are those of its language model alone."""
-    files = SafetensorsFolder(folder)
-    inner = text_config(files.config)
-    if inner is not files.config:
-        files.config = dict(inner)
-        files.tensors = {_of_language(name): tensor for name, tensor in files.tensors.items()}
+    """The folder's language model: of one that also sees images, config and names are those of its language model alone.
+
+    Tensors in fewer bits stand there as the values they mean (`quantized`).
+    """
+    with ExitStack() as opening:  # closes what was opened where it is refused
+        files = opening.enter_context(SafetensorsFolder(folder))
+        inner = text_config(files.config)
+        if inner is not files.config:
+            files.config = dict(inner)
+            files.tensors = {_of_language(name): tensor for name, tensor in files.tensors.items()}
+        files.tensors = unpacked(files.tensors, files.config, folder)
+        opening.pop_all()
     return files
 
 
@@ -107,7 +115,8 @@ def export_huggingface(
     """
     dtype = dtype or _dtype(original or {}) or "float32"
     if original is not None and not differences(model, model_from_huggingface(original)):
-        config = {**original, "torch_dtype" if "torch_dtype" in original else "dtype": dtype}
+        kept = {key: value for key, value in original.items() if key != "quantization_config"}
+        config = {**kept, "torch_dtype" if "torch_dtype" in original else "dtype": dtype}
     else:
         config = config_for_huggingface(model, dtype=dtype, max_positions=max_positions)
     shapes, pieces = tensors_written(sources(model, family_of(config)), read)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from trainer.checkpoint.huggingface_blocks import block_problems, blocks_from_huggingface, blocks_to_huggingface
 from trainer.checkpoint.huggingface_families import FAMILIES, Family, text_config
 from trainer.checkpoint.huggingface_files import CONFIG_FILE
+from trainer.checkpoint.quantized import is_readable
 from trainer.config.base import near_miss
 from trainer.config.model import Block, Model, Norm, Segment
 from trainer.errors import CheckpointError
@@ -121,9 +122,9 @@ def _unsupported(config: Config, family: Family) -> Iterator[str]:
     yield from block_problems(config, family)
     if config.get("attention_dropout"):
         yield f"attention_dropout: {config['attention_dropout']}; there is no dropout here"
-    if quantized := config.get("quantization_config"):
+    if (quantized := config.get("quantization_config")) and not is_readable(config):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        yield f"quantization_config ({method}): weights must be float32, float16 or bfloat16"
+        yield f"quantization_config ({method}): known: mxfp4 of gpt_oss, fp8 with a weight_block_size"
     for key, value in family.fixed.items():
         if config.get(key, value) not in (value, None):
             yield f"{key}: {config[key]!r}; here it is {value!r} in {family.model_type}"

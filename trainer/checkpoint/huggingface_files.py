@@ -25,6 +25,8 @@ INDEX_FILE: Final = "model.safetensors.index.json"
 CONFIG_FILE: Final = "config.json"
 MAX_HEADER_BYTES: Final = 100_000_000  # the limit of the reference implementation
 
+STORED_DTYPES: Final[dict[str, np.dtype[Any]]] = {"U8": np.dtype(np.uint8), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
+"""Of tensors that stand for others."""
 DTYPES: Final[dict[str, np.dtype[Any]]] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 NAMES: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -37,6 +39,10 @@ class Tensor:
     dtype: str  # as the format spells it
     shape: tuple[int, ...]
     offset: int  # of its first byte in the file
+
+    def read(self, stored: Callable[..., np.ndarray], first: int, last: int, within: tuple[int, ...] = ()) -> np.ndarray:
+        """As `SafetensorsFolder.read`; `stored` reads a tensor's rows as they are in its file."""
+        return stored(self, first, last, within)
 
 
 class SafetensorsFolder:
@@ -61,8 +67,10 @@ class SafetensorsFolder:
 
     def read(self, name: str, first: int, last: int, within: tuple[int, ...] = ()) -> np.ndarray:
         """Rows `first` up to `last` (not included) of the dim after those that `within` gives an index of."""
-        tensor = self.tensors[name]
-        dtype = DTYPES[tensor.dtype]
+        return self.tensors[name].read(self._stored, first, last, within)
+
+    def _stored(self, tensor: Tensor, first: int, last: int, within: tuple[int, ...] = ()) -> np.ndarray:
+        dtype = DTYPES.get(tensor.dtype) or STORED_DTYPES[tensor.dtype]
         depth = len(within)
         row = math.prod(tensor.shape[depth + 1 :])
         begin = first * row + (int(np.ravel_multi_index(within, tensor.shape[:depth])) * math.prod(tensor.shape[depth:]) if within else 0)
@@ -126,8 +134,8 @@ def _entry(tensor: str, file: str, entry: Mapping[str, Any], data: int) -> Tenso
     """An entry of a header, whose tensors begin at byte `data`. Raises ValueError, TypeError or KeyError for one that is none."""
     shape = tuple(map(int, entry["shape"]))
     begin, end = map(int, entry["data_offsets"])
-    bytes_each = DTYPES[entry["dtype"]].itemsize if entry["dtype"] in DTYPES else None
-    if min([begin, *shape]) < 0 or end < begin or (bytes_each is not None and end - begin != math.prod(shape) * bytes_each):
+    dtype = DTYPES.get(entry["dtype"]) or STORED_DTYPES.get(entry["dtype"])
+    if min([begin, *shape]) < 0 or end < begin or (dtype is not None and end - begin != math.prod(shape) * dtype.itemsize):
         raise ValueError(f"{tensor}: {end - begin:,} bytes for {entry['dtype']} of shape {list(shape)}")
     return Tensor(file, entry["dtype"], shape, data + begin)
 

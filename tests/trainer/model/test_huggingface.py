@@ -180,7 +180,7 @@ def test_older_config_files_are_read_with_the_defaults_they_rely_on() -> None:
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, r"rope_parameters\.factor: missing for rope_type linear"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"model_type": "gemma3_text", "layer_types": ["full_attention"]}, "layer_types: 1 of them for 3 layers"),
-        ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}, r"quantization_config \(mxfp4\)"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, r"quantization_config \(mxfp4\): known: mxfp4 of gpt_oss, fp8"),
         ({"model_type": "deepseek_v3", "n_group": 6, "num_hidden_layers": 4}, r"experts \(256\) must be a multiple of router\.groups"),
         ({"model_type": "deepseek_v3", "scoring_func": "softmax"}, "scoring_func: 'softmax'; here it is 'sigmoid' in deepseek_v3"),
         ({"hidden_act": "relu2"}, "hidden_act: 'relu2'"),
