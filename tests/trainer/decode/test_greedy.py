@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.trainer.model.models import ORACLE
+from tests.trainer.model.models import ORACLE, mean_loss, one_document
 from trainer.config.mesh import AxisDegrees, Mesh
 from trainer.decode.engine import Engine
 from trainer.decode.sampling import Sampling
@@ -23,31 +23,47 @@ FAMILIES = [
 ]
 
 
-def answers(family: str, mesh: AxisDegrees, *, slots: int) -> tuple[list[list[int]], np.ndarray]:
-    """The engine's answers to the reference's prompts, of which more are waiting than there are slots; the reference's."""
+def engine_of(family: str, mesh: AxisDegrees) -> tuple[Engine, dict[str, jax.Array], np.ndarray]:
+    """An engine of two slots in float32, its parameters, and the reference's prompts with its answers."""
     source = open_source(str(ORACLE / family))
     model = for_decoding(source.model.model_copy(update={"matmul_precision": "highest"}), dtype="float32")
-    degree = mesh.tensor * mesh.fsdp
-    layout = Layout(build_mesh(Mesh(ici=mesh), jax.devices()[:degree], slices=1))
+    layout = Layout(build_mesh(Mesh(ici=mesh), jax.devices()[: mesh.tensor * mesh.fsdp], slices=1))
     expected = np.load(ORACLE / family / "reference.npz")["greedy"]
-    length = expected.shape[1]
-    engine = Engine(model, load(source, model, layout), layout, slots=slots, max_length=length + 1)
-    found: list[list[int]] = [[] for _ in expected]
-    for piece in serve(engine, (Request(row[:PROMPT].tolist(), length - PROMPT) for row in expected)):
-        assert piece.token is not None
-        found[piece.request].append(piece.token)
-    return found, expected[:, PROMPT:]
+    params = load(source, model, layout)
+    return Engine(model, params, layout, slots=len(expected), max_length=expected.shape[1] + 1), params, expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_are_those_of_the_reference(family: str) -> None:
-    found, expected = answers(family, AxisDegrees(), slots=1)
-    np.testing.assert_array_equal(found, expected)
+def test_answers_are_the_references_and_logits_at_every_place_those_of_a_whole_forward_pass(family: str) -> None:
+    engine, params, expected = engine_of(family, AxisDegrees())
+    rows, length = expected.shape
+    slots, greedy = engine.empty(), Sampling()
+    prefixes = [engine.prefill(row[:PROMPT].tolist(), max_tokens=length - PROMPT, sampling=greedy) for row in expected]
+    for slot, prefix in enumerate(prefixes):
+        slots = engine.insert(slots, prefix, slot)
+    found = [[int(prefix.token[0]) for prefix in prefixes]]
+    logits = [np.concatenate([prefix.logits for prefix in prefixes])]
+    for _ in range(length - PROMPT - 1):
+        slots, step = engine.generate(slots)
+        found.append(np.asarray(step.token).tolist())
+        logits.append(np.asarray(step.logits))
+    np.testing.assert_array_equal(np.transpose(found), expected[:, PROMPT:])
+    whole = jax.jit(lambda params, batch: mean_loss(engine.model, params, batch)[1])
+    batch = one_document(expected[:, :-1], rows=rows, length=length)
+    compiled = whole.lower(params, batch).compile({"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True})
+    wanted = np.asarray(compiled(params, batch))[:, PROMPT - 1 : length - 1]
+    np.testing.assert_allclose(np.stack(logits, axis=1), wanted, rtol=1e-5, atol=1e-5)
+    assert (engine._prefill._cache_size(), engine._generate._cache_size()) == (1, 1)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_greedy_answers_over_a_mesh_and_with_many_slots_are_those_of_the_reference() -> None:
-    found, expected = answers("llama3", AxisDegrees(tensor=2, fsdp=2), slots=2)
-    np.testing.assert_array_equal(found, expected)
+    engine, _, expected = engine_of("llama3", AxisDegrees(tensor=2, fsdp=2))
+    found: list[list[int]] = [[] for _ in expected]
+    requests = (Request(row[:PROMPT].tolist(), expected.shape[1] - PROMPT) for row in expected)
+    for piece in serve(engine, requests):
+        assert piece.token is not None
+        found[piece.request].append(piece.token)
+    np.testing.assert_array_equal(found, expected[:, PROMPT:])
 
 
 def test_a_sampled_answer_depends_on_its_own_seed_and_prompt_alone() -> None:
@@ -63,6 +79,6 @@ def test_a_sampled_answer_depends_on_its_own_seed_and_prompt_alone() -> None:
             found[piece.request].append(piece.token)
         return found
 
-    alone, together = drawn(3), drawn(1, 2, 3)
+    alone, together = drawn(3), drawn(1, 2, 3)  # of three requests one waits for a slot
     assert together[2] == alone[0]
     assert len({tuple(answer) for answer in together}) == 3
