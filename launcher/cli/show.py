@@ -9,6 +9,7 @@ from launcher.backend import Event, JobStatus, PodStatus
 from launcher.cli.output import screen, table
 from launcher.errors import visible
 from launcher.observe.report import Report
+from launcher.observe.why_refused import passes
 
 PODS_SHOWN = 16
 EVENTS_SHOWN = 6
@@ -17,7 +18,8 @@ EVENTS_SHOWN = 6
 def whole(report: Report, where: str) -> str:
     """One screen: the answer first, then the numbers, then pods and events that say something."""
     parts = [screen(_rows(report, where)), _pods(report.status)]
-    if told := [event for event in report.events if event.warning][-EVENTS_SHOWN:]:
+    everything_runs = report.status.ready == report.status.hosts
+    if told := [event for event in report.events if event.warning and not (everything_runs and passes(event))][-EVENTS_SHOWN:]:
         parts.append(_events(told, report.now))
     return "\n\n".join(parts)
 

@@ -23,6 +23,11 @@ _UNREACHABLE: Final = re.compile(r'failed calling webhook "(?P<name>[^"]+)":(?P<
 _DENIED: Final = re.compile(r'admission webhook "(?P<name>[^"]+)" denied the request: (?P<why>.*)', re.DOTALL)
 
 
+def passes(event: Event) -> bool:
+    """Whether it belongs to the start of every job with exclusive placement or a queue: the next try brings the pod."""
+    return FOLLOWER in event.message or _TRANSIENT.search(event.message) is not None
+
+
 def refusals(scene: Scene) -> Iterator[Cause]:
     """The newest refusal of each Job that still lacks pods."""
     missing = scene.status.hosts - len(pods_of(scene))
@@ -30,7 +35,7 @@ def refusals(scene: Scene) -> Iterator[Cause]:
         return
     said = [*scene.said(about="job", reason="FailedCreate"), *scene.said(about=f"jobset/{scene.name}", reason="JobCreationFailed")]
     for event in said:
-        if FOLLOWER not in event.message and not _TRANSIENT.search(event.message):
+        if not passes(event):
             yield _refusal(scene, event, missing)
 
 

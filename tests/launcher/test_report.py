@@ -98,7 +98,7 @@ def large(slices: int, hosts: int) -> Scene:
         pod["metadata"]["labels"]["jobset.sigs.k8s.io/job-index"] = str(index // hosts)
         pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"] = str(index % hosts)
         pods.append(pod)
-    next(c for c in pods[77]["status"]["conditions"] if c["type"] == "Ready")["status"] = "False"
+    next(c for c in pods[min(77, len(pods) - 1)]["status"]["conditions"] if c["type"] == "Ready")["status"] = "False"
     return replace(small, jobset=jobset, pods=tuple(pods), log=LOG)
 
 
@@ -119,3 +119,14 @@ def test_what_others_wrote_cannot_rewrite_the_terminal() -> None:
     pod["status"]["containerStatuses"][0]["state"]["terminated"]["message"] = "\x1b[2J\x1b]0;owned\x07bad"
     hostile = replace(scene, pods=(pod,))
     assert "\x1b" not in whole(report(hostile), "x") + line(report(hostile))
+
+
+def test_what_every_start_meets_is_not_shown_once_all_runs() -> None:
+    denied = "follower pod node selector for topology domain not found. missing"
+    words = f'Error creating: admission webhook "vpod.kb.io" denied the request: {denied}'
+    job = {"kind": "Job", "name": "train-slice-1"}
+    refused = {"involvedObject": job, "type": "Warning", "reason": "FailedCreate", "message": words, "metadata": {}}
+    other = {**refused, "message": "Error creating: exceeded quota: small"}
+    running, starting = replace(recorded("running"), events=(refused, other)), replace(large(2, 2), events=(refused, other))
+    assert ("follower" in whole(report(running), "here"), "exceeded quota" in whole(report(running), "here")) == (False, True)
+    assert "follower" in whole(report(starting), "here")
