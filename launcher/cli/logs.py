@@ -69,6 +69,8 @@ def command(
     if slice_index is None and worker is None and not everything and status.hosts > HOSTS_SHOWN:
         slice_index = worker = 0
         print(f"{status.hosts} hosts: this is process 0 (slice 0, worker 0); the others: --slice, --worker, --all", file=sys.stderr)
+    if not previous and not status.state.finished and all(pod.started_at is None for pod in status.pods):
+        print(f"{name} is {status.state}, and no pod has started; see: nnxlaunch why {name}{flags(backend, namespace)}", file=sys.stderr)
     if previous:
         lines = _previous(target, status, slice_index, worker, flags(backend, namespace))
     else:

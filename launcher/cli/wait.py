@@ -40,7 +40,8 @@ def command(
         raise SystemExit(1) from None
     (status,) = latest
     if not status.state.finished:
-        raise WaitTimeout(f"{name} is still {status.state}: {status.message}")
+        hint = f"what it waits for: nnxlaunch why {name}{flags(backend, namespace)}"
+        raise WaitTimeout(f"{name} is still {status.state}: {status.message}", hint=hint)
     if status.state is JobState.FAILED:
         raise JobFailed(f"{name} failed: {status.message}", hint=f"read its end with: nnxlaunch logs {name}{flags(backend, namespace)}")
     print(f"{name}: {status.state}")

@@ -192,6 +192,8 @@ def test_a_tag_is_submitted_with_the_digest_that_its_registry_tells(namespace: s
         spec.write_text(yaml.safe_dump(document("pinned", image=tag, grace_seconds=15, resources={"cpu": "1000"})))  # starts nowhere
         done = nnxlaunch("submit", str(spec), "-n", namespace)
         assert (done.returncode, done.stderr) == (0, "")
+        logs = nnxlaunch("logs", "pinned", "-n", namespace)
+        assert (logs.stdout, "no pod has started; see: nnxlaunch why pinned" in logs.stderr) == ("", True), logs.stderr
         required = f"image={{reference: '{server.host}/team/trainer:2', digest_policy: require_digest}}"
         refused = nnxlaunch("submit", str(spec), "-n", namespace, "--set", "name=refused", "--set", required)
     path = "jsonpath={.spec.replicatedJobs[0].template.spec.template.spec.containers[0].image}"
