@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -82,3 +85,12 @@ def test_a_sampled_answer_depends_on_its_own_seed_and_prompt_alone() -> None:
     alone, together = drawn(3), drawn(1, 2, 3)  # of three requests one waits for a slot
     assert together[2] == alone[0]
     assert len({tuple(answer) for answer in together}) == 3
+
+
+def test_end_tokens_that_the_model_does_not_have_end_nothing(tmp_path: Path) -> None:
+    config = json.loads((ORACLE / "llama3" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": 50279}))
+    assert open_source(str(tmp_path)).end_tokens == ()
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 50279, 3]}))
+    source = open_source(str(tmp_path))
+    assert (source.end_tokens, source.longest) == ((2, 3), config["max_position_embeddings"])
