@@ -22,7 +22,6 @@ STEPS_BEFORE_THE_KILL = 30
 
 
 def main() -> int:
-    os.environ["NNXLAUNCH_BACKEND"] = "local"
     started = time.monotonic()
     if elsewhere := run_of_another_clone():
         print(f"error: a job {NAME} of this machine runs in {elsewhere}", file=sys.stderr)
@@ -49,7 +48,7 @@ def main() -> int:
 
 def run_of_another_clone() -> str:
     """The run directory of an unfinished job of the same name that was started elsewhere: jobs are a user's, not a clone's."""
-    words = [sys.executable, "-m", "launcher", "list", "--output", "json"]
+    words = [sys.executable, "-m", "launcher", "list", "--backend", "local", "--output", "json"]
     for job in json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout):
         directory = job["annotations"].get("nnxlaunch/run-directory", "")
         if job["name"] == NAME and job["state"] not in ("completed", "failed") and directory != str(RUN.absolute()):
@@ -96,8 +95,9 @@ def say(text: str) -> None:
 
 
 def command(*arguments: str) -> list[str]:
-    print(f"\n$ nnxlaunch {' '.join(arguments)}", flush=True)
-    return [sys.executable, "-m", "launcher", *arguments]
+    words = [*arguments, "--backend", "local"]
+    print(f"\n$ .venv/bin/nnxlaunch {' '.join(words)}", flush=True)
+    return [sys.executable, "-m", "launcher", *words]
 
 
 def nnxlaunch(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:
@@ -105,7 +105,7 @@ def nnxlaunch(*arguments: str, check: bool = True) -> subprocess.CompletedProces
 
 
 def status() -> dict[str, Any]:
-    words = [sys.executable, "-m", "launcher", "status", NAME, "--output", "json"]
+    words = [sys.executable, "-m", "launcher", "status", NAME, "--backend", "local", "--output", "json"]
     return json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
 
 

@@ -8,10 +8,11 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from trainer.attempts import after_its_last_log, how_it_ended, log_stem, numbered, require_progress
-from trainer.config import ConfigError, load_train_config
+from trainer.config import ConfigError, Problem, load_train_config
 from trainer.config.diloco import worlds_apart
 from trainer.contract import ATTEMPT_ENDED, DEVICES_PER_HOST, JOB_UID, Exit, slice_directory
 from trainer.distributed import enter_own_world, lost_connection, lost_peer, rank_from_environment, shutdown
@@ -54,6 +55,7 @@ def _train(options: argparse.Namespace) -> Exit:
         enter_own_world(os.environ)
     rank = rank_from_environment(os.environ)
     require_jax()
+    require_directory(config.run_directory)
     link.tell(processes=rank.process_count)
     job, attempt, slice_index = os.environ.get(JOB_UID, ""), rank.attempt, rank.slice_index + rank.replica
     if job:
@@ -69,6 +71,17 @@ def _train(options: argparse.Namespace) -> Exit:
     from trainer.run import run
 
     return run(config)
+
+
+def require_directory(path: str) -> None:
+    """Raises ConfigError where the run directory `path` is a local one that cannot be made. What is on gs:// shows later."""
+    if "://" in path:
+        return
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        message = f"cannot be made: {error.filename}: {error.strerror}"
+        raise ConfigError([Problem(path="run_directory", message=message, hint="name another one", code="directory")]) from None
 
 
 def unexpected(error: Exception, processes: int) -> tuple[Exit, str]:

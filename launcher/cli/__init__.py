@@ -54,7 +54,7 @@ _EXAMPLES: Final = """Examples:
   nnxlaunch validate job.yaml                every problem at once
   nnxlaunch render job.yaml                  the manifests, nothing is sent
   nnxlaunch submit job.yaml --backend local  run it on this machine
-  nnxlaunch logs my-run -f                   follow it
+  nnxlaunch logs my-run -f --backend local   follow it; without --backend, one on the cluster
 """
 
 

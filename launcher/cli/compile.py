@@ -36,12 +36,11 @@ def command(
     """
     import importlib.util
     import json
-    import subprocess
-    import sys
     import tempfile
 
     from launcher.checks import load
     from launcher.cli.output import emit
+    from launcher.cli.tool import run_trainer_module
     from launcher.errors import NotFound, ToolFailed, Unavailable
     from launcher.explain.compiled import described, target_of
 
@@ -54,8 +53,6 @@ def command(
     if hlo is not None and not hlo.parent.is_dir():
         raise NotFound(f"--hlo: there is no folder {hlo.parent}")
     target = target_of(job)
-    if importlib.util.find_spec("jax") is None:
-        raise Unavailable("the trainer's packages are not installed here", hint="in the clone: ./setup.sh train")
     if target.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         raise Unavailable("libtpu is not installed here: it holds the TPU compiler", hint="in the clone: ./setup.sh dev, on Linux x86_64")
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -64,7 +61,7 @@ def command(
         arguments = ["--config", file.name, "--target", target.model_dump_json()]
         arguments += ["--save", save] if save is not None else []
         arguments += ["--hlo", str(hlo)] if hlo is not None else []
-        done = subprocess.run([sys.executable, "-m", "trainer.aot", *arguments], check=False, stdout=subprocess.PIPE, text=True)
+        done = run_trainer_module("trainer.aot", arguments, capture=True)
     if not done.stdout.startswith("{"):
         if done.returncode in (64, 70):
             raise typer.Exit(done.returncode)

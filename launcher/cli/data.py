@@ -34,16 +34,10 @@ def prepare(
     The same cache is made by the job itself where it is missing. Needs the trainer's packages and access to the
     sources and the cache directory. Stopped at any moment, the next call continues.
     """
-    import importlib.util
-    import subprocess
-    import sys
-
-    from launcher.errors import Unavailable
+    from launcher.cli.tool import run_trainer_module
     from launcher.spec import from_yaml
 
     train = from_yaml(spec, overrides).train
-    if importlib.util.find_spec("numpy") is None:
-        raise Unavailable("the trainer's packages are not installed here", hint="in the clone: ./setup.sh train")
     arguments = ["prepare", "--config", "/dev/stdin", "--processes", str(processes)]  # no file that a kill would leave behind
-    program = [sys.executable, "-m", "trainer.data", *arguments]
-    raise typer.Exit(subprocess.run(program, input=train.model_dump_json(), text=True, check=False).returncode)
+    done = run_trainer_module("trainer.data", arguments, needs="numpy", given=train.model_dump_json())
+    raise typer.Exit(done.returncode)

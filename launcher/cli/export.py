@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -59,17 +58,6 @@ def command(
     arguments = [source, "--out", out, "--format", form.value, "--layers", layers.value, "--weights", weights.value]
     arguments += ["--step", str(step)] if step is not None else []
     arguments += ["--dtype", dtype.value] if dtype is not None else []
-    run_trainer_module("trainer.export", arguments)
+    from launcher.cli.tool import run_trainer_module
 
-
-def run_trainer_module(module: str, arguments: Sequence[str]) -> NoReturn:
-    """`python -m MODULE ARGUMENTS`, which needs JAX; exits as it does."""
-    import importlib.util
-    import subprocess
-    import sys
-
-    from launcher.errors import Unavailable
-
-    if importlib.util.find_spec("jax") is None:
-        raise Unavailable("the trainer's packages are not installed here", hint="in the clone: ./setup.sh train")
-    raise typer.Exit(subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode)
+    raise typer.Exit(run_trainer_module("trainer.export", arguments).returncode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -59,14 +60,8 @@ def command(
 
     Needs the trainer's packages. An answer ends with the tokenizer's end token or after --max-tokens.
     """
-    import importlib.util
-    import subprocess
-    import sys
+    from launcher.cli.tool import run_trainer_module
 
-    from launcher.errors import Unavailable
-
-    if importlib.util.find_spec("jax") is None:
-        raise Unavailable("the trainer's packages are not installed here", hint="in the clone: ./setup.sh train")
     options = {
         "prompts": prompts,
         "step": step,
@@ -86,4 +81,5 @@ def command(
     arguments = [source, *(f"--prompt={text}" for text in prompt)]
     arguments += [f"--{name}={value}" for name, value in options.items() if value is not None]
     arguments += ["--draft"] if draft else []
-    raise typer.Exit(subprocess.run([sys.executable, "-m", "trainer.decode", *arguments], check=False).returncode)
+    given = sys.stdin.read() if prompts == "-" else ""
+    raise typer.Exit(run_trainer_module("trainer.decode", arguments, given=given).returncode)

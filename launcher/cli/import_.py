@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.cli.export import Dtype, run_trainer_module
+from launcher.cli.export import Dtype
 
 EXAMPLES = """  nnxlaunch import gs://bucket/Qwen3-8B                             keys for the train section of a job spec
   nnxlaunch import gs://bucket/Qwen3-8B --out gs://bucket/qwen3     the same, and the weights as a parameter-only checkpoint
@@ -25,7 +25,9 @@ def command(
     Every tensor's name, shape and dtype is compared with the model that config.json describes. A run reads the folder itself,
     straight to its shards: converting is for what is not wanted in Hugging Face's layout. Needs the trainer's packages.
     """
+    from launcher.cli.tool import run_trainer_module
+
     arguments = [folder]
     arguments += ["--out", out] if out is not None else []
     arguments += ["--dtype", dtype.value] if dtype is not None else []
-    run_trainer_module("trainer.importing", arguments)
+    raise typer.Exit(run_trainer_module("trainer.importing", arguments).returncode)

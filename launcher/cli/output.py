@@ -39,6 +39,11 @@ def in_units(count: int) -> str:
     return f"{amount:.2f} TiB"
 
 
+def count(number: int, what: str) -> str:
+    """`1 host`, `4 hosts`."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def screen(rows: Sequence[tuple[str, str]]) -> str:
     """`key  value` lines, values aligned; control characters of what others wrote are shown, not obeyed."""
     width = max(len(key) for key, _ in rows)

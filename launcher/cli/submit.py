@@ -43,9 +43,12 @@ def command(
     from launcher.checks import load
     from launcher.cli.backends import connect, flags
     from launcher.errors import AlreadyExists
+    from launcher.explain.verdict import too_large
     from launcher.manifest import render
 
     parsed = load(spec, overrides, target=backend.value)
+    if fault := too_large(parsed):
+        print(f"note: estimated at {fault}", file=sys.stderr)
     manifests = render(parsed)
     target = connect(backend, context=context, kubeconfig=kubeconfig, namespace=namespace)
     if backend is BackendKind.KUBERNETES:

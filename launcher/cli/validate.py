@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -26,11 +27,12 @@ def command(
 ) -> None:
     """Check a job spec; print every problem at once. Exit code 64 when there is one."""
     from launcher.checks import problems_in
+    from launcher.cli.output import count, emit
     from launcher.errors import SpecError
+    from launcher.explain.verdict import too_large
 
     parsed, problems = problems_in(spec, overrides, target=backend.value if backend else None)
     if output is not Output.TABLE:
-        from launcher.cli.output import emit
         from launcher.redact import redact
 
         keys = ("path", "message", "value", "limit", "hint", "code")
@@ -39,6 +41,15 @@ def command(
         raise typer.Exit(SpecError.exit_code if problems else 0)
     if problems or parsed is None:
         raise SpecError(problems)
+    if backend is BackendKind.LOCAL:
+        from launcher.backend.local_pod import refuse_what_cannot_run_here
+        from launcher.manifest import render
+
+        for manifest in render(parsed):
+            if manifest["kind"] == "JobSet":
+                refuse_what_cannot_run_here(manifest)
     layout = parsed.layout
     what = layout.tpu.name if layout.tpu else "cpu"
-    print(f"{parsed.name}: valid: {layout.slices} x {what}, {layout.hosts} hosts, {layout.devices} devices")
+    print(f"{parsed.name}: valid: {layout.slices} x {what}, {count(layout.hosts, 'host')}, {count(layout.devices, 'device')}")
+    if fault := too_large(parsed):
+        print(f"note: estimated at {fault}", file=sys.stderr)

@@ -9,6 +9,7 @@ from launcher.explain.context import context_section
 from launcher.explain.memory import device_memory
 from launcher.explain.outcome import outcomes
 from launcher.explain.pipeline import pipeline_section
+from launcher.explain.verdict import hbm_bytes, verdict
 from launcher.manifest import names
 from launcher.manifest.container import pull_policy
 from launcher.spec import JobSpec
@@ -84,7 +85,7 @@ def _hardware(spec: JobSpec) -> dict[str, Any]:
             "topology": tpu.topology_text,
             "machine": tpu.machine,
             "chips": layout.slices * tpu.chips,
-            "hbm_bytes_per_device": int(tpu.hbm_gib_per_device * 2**30),
+            "hbm_bytes_per_device": hbm_bytes(spec),
             "peak_bf16_tflops_per_device": tpu.peak_bf16_tflops_per_device,
             "ici_gbytes_per_s_per_chip": tpu.family.ici_gbytes_per_s_per_chip,
         }
@@ -154,17 +155,9 @@ def _memory(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:
         **({"pipeline_estimate": memory.pipeline} if memory.pipeline else {}),
         "total_estimate": memory.total,
     }
-    if spec.layout.tpu is not None:
-        hbm = int(spec.layout.tpu.hbm_gib_per_device * 2**30)
-        found |= {"hbm": hbm, "verdict": _verdict(memory.total / hbm)}
+    if hbm := hbm_bytes(spec):
+        found |= {"hbm": hbm, "verdict": verdict(spec.world, memory, hbm)}
     return found
-
-
-def _verdict(share: float) -> str:
-    percent = f"{math.ceil(100 * share)} % of HBM"
-    if share > 1:
-        return f"{percent}: will not fit; shard more (fsdp, tensor), take smaller microbatches, or `remat: full`"
-    return f"{percent}: tight" if share > 0.85 else f"{percent}: fits"
 
 
 def _sharding(spec: JobSpec, mesh: dict[str, int]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from launcher.spec.accelerator import Cpu, Layout, Tpu
 from launcher.spec.capacity import CapacityField, Exclusive, NoPlacement, OnDemand, Placement, PlacementField, QueueField, Spot, shorthand
@@ -98,14 +98,19 @@ class JobSpec(Node):
             raise ConfigError([Problem(path="(root)", message=message, hint=hint, code="directory", value=directory)])
         return directory
 
+    @field_validator("cpu")
+    @classmethod
+    def _not_beside_tpu(cls, cpu: Cpu | None, info: ValidationInfo) -> Cpu | None:
+        if cpu is not None and info.data.get("tpu") is not None:
+            hint = "remove one of them; on the command line, `--set cpu=null`"
+            raise ConfigError([Problem(path="(root)", message="a job has `tpu` or `cpu`, not both", hint=hint, code="accelerator")])
+        return cpu
+
     @model_validator(mode="after")
-    def _one_accelerator(self) -> Self:
+    def _an_accelerator(self) -> Self:
         if self.tpu is None and self.cpu is None:
             hint = "such as `tpu: {type: v5e-16}`"
             raise ConfigError([Problem(path="tpu", message="is required, or `cpu`", hint=hint, code="accelerator")])
-        if self.tpu is not None and self.cpu is not None:
-            hint = "remove one of them; on the command line, `--set cpu=null`"
-            raise ConfigError([Problem(path="tpu", message="a job has `tpu` or `cpu`, not both", hint=hint, code="accelerator")])
         return self
 
     @cached_property

@@ -68,6 +68,25 @@ def test_wrong_usage_is_said_as_every_other_error(words: tuple[str, ...], said: 
     assert capsys.readouterr().err.startswith(said)
 
 
+def test_a_command_interrupted_at_any_moment_of_its_start_says_nothing_and_exits_130() -> None:
+    """The signal comes with the n-th audit event of an import, so at another place of the start for every n."""
+    program = (
+        "import os, signal, sys\n"
+        "from launcher.__main__ import main\n"
+        "left = int(sys.argv.pop(1))\n"
+        "def hook(event, arguments):\n"
+        "    global left\n"
+        "    left -= event == 'import'\n"
+        "    if event == 'import' and left == 0: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.addaudithook(hook)\n"
+        "main()\n"
+    )
+    for imports in (1, 60, 300):
+        words = [sys.executable, "-c", program, str(imports), "validate", QUICKSTART]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (130, ""), imports
+
+
 def test_what_the_machine_refuses_is_an_error_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

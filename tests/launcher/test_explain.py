@@ -9,6 +9,7 @@ import pytest
 
 from launcher.explain import explain
 from launcher.explain.outcome import outcomes
+from launcher.explain.verdict import too_large
 from launcher.spec import Failure
 from tests.launcher.test_goldens import example
 from trainer import contract
@@ -97,7 +98,15 @@ def test_a_remat_policy_that_keeps_more_needs_more(weaker: str, stronger: str) -
 
 def test_a_model_that_cannot_fit_is_said_to_not_fit() -> None:
     memory = explain(example("v5e-16", "train.model={preset: llama3-70b}"))["memory_per_device"]
-    assert "will not fit" in memory["verdict"]
+    assert "will not fit" in memory["verdict"] and "is the state: more devices" in memory["verdict"]
+
+
+def test_what_does_not_fit_is_told_what_makes_its_largest_part_smaller() -> None:
+    small = "train.model={preset: qwen3-0.6b}", "train.batch={global_batch: 512, sequence_length: 4096}"
+    memory = explain(example("v5e-16", *small))["memory_per_device"]
+    assert "is the logits: compute the loss in tiles (`loss.tiles: 8`)" in memory["verdict"]
+    assert "will not fit" in too_large(example("v5e-16", *small))
+    assert not too_large(example("v5e-16"))
 
 
 def test_sharding_names_what_an_axis_cannot_divide() -> None:

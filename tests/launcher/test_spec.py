@@ -51,7 +51,7 @@ def test_plain_text_is_short_for_a_node() -> None:
         (["volumes=[{type: pvc, clam: x, mount_path: /x}]"], "volumes.0.clam", "did you mean 'claim'?"),
         (["tpu=[1]"], "tpu", "known keys: accelerator, machine, placement_policy, slices, topology, type"),
         (["tpu.tpye=v5p-8"], "tpu.tpye", "did you mean 'type'?"),
-        (["cpu={hosts: 1}"], "tpu", "remove one of them; on the command line, `--set cpu=null`"),
+        (["cpu={hosts: 1}", "train.steps=x"], "cpu", "remove one of them; on the command line, `--set cpu=null`"),
         (["tpu=null"], "tpu", "such as `tpu: {type: v5e-16}`"),
     ],
 )

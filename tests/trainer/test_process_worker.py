@@ -12,10 +12,11 @@ import pytest
 
 from trainer.attempts import Attempt, after_its_last_log, how_it_ended, log_stem, record_attempt, require_progress, without_progress
 from trainer.checkpoint.commit import COMMIT_FILE, Commit, encode
+from trainer.config import ConfigError
 from trainer.contract import ATTEMPT, ATTEMPTS_FILE, CHECKPOINT_FOLDER, DEVICES_PER_HOST, TERMINATION_LOG
 from trainer.distributed import lost_peer
 from trainer.errors import NoProgress
-from trainer.worker import prepare_environment, unexpected
+from trainer.worker import prepare_environment, require_directory, unexpected
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -149,6 +150,15 @@ def test_the_cpu_target_makes_up_its_devices(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv(DEVICES_PER_HOST, "4")
     prepare_environment()
     assert (os.environ["JAX_PLATFORMS"], os.environ["JAX_NUM_CPU_DEVICES"]) == ("cpu", "4")
+
+
+def test_a_run_directory_that_cannot_be_made_is_the_configs_fault(tmp_path: Path) -> None:
+    require_directory(str(tmp_path / "runs/a"))
+    require_directory("gs://bucket/runs/a")
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file/a"):
+        with pytest.raises(ConfigError, match=f"run_directory: cannot be made: {path}: "):
+            require_directory(str(path))
 
 
 class JaxRuntimeError(Exception):

@@ -50,6 +50,7 @@ def check_train(config: TrainConfig, *, slices: int, devices_per_slice: int, pro
     yield from schedule_ends(config)
     yield from steps_are_reached(config, processes=processes)
     yield from tokenizer_fits(config)
+    yield from evaluation_has_documents(config)
     yield from paths_are_usable(config)
 
 
@@ -171,6 +172,14 @@ def tokenizer_fits(config: TrainConfig) -> Iterator[Problem]:
     if reads_text and isinstance(config.data.tokenizer, Bytes) and config.model.vocab_size < BYTES_VOCABULARY:
         message, hint = f"{config.model.vocab_size}, but the bytes tokenizer has {BYTES_VOCABULARY} ids", f"at least {BYTES_VOCABULARY}"
         yield Problem(path="model.vocab_size", message=message, hint=hint, code="vocabulary", limit=BYTES_VOCABULARY)
+
+
+def evaluation_has_documents(config: TrainConfig) -> Iterator[Problem]:
+    """What is evaluated is text that is held out; a synthetic source has no documents and makes its own."""
+    data = config.data
+    if config.eval is not None and not data.held_out and not any(isinstance(source, Synthetic) for source in data.sources):
+        message, hint = "eval is set, but no document is held out for it (held_out is 0)", "set held_out, such as 0.01, or remove eval"
+        yield Problem(path="data.held_out", message=message, hint=hint, code="held-out", value=0, limit="above 0")
 
 
 def paths_are_usable(config: TrainConfig) -> Iterator[Problem]:

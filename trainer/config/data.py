@@ -101,7 +101,7 @@ class Data(Node):
     tokenizer: Tokenizer = Bytes()
     cache_directory: str | None = None
     """Where tokenised, packed rows are kept, by fingerprint of text, tokenizer and packing; local or gs://. Hosts that
-    share it share the work; hosts that do not each do all of it. Default: `data` in the run directory."""
+    share it share the work; hosts that do not each do all of it. Default: `data` in the job's `directory`, which its runs share."""
     held_out: Fraction = 0.01
     """Share of the documents kept for evaluation and never trained on, chosen by a hash of the document."""
     shuffle: bool = True

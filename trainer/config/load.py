@@ -160,7 +160,7 @@ def _problem(model: type[BaseModel], detail: Any, *, show: bool) -> Problem:
         hint = f"did you mean {close!r}?" if close else f"one of: {', '.join(choices)}"
     elif kind in ("model_type", "model_attributes_type", "dict_type"):
         known = known_keys(expected)
-        message = f"must be a mapping of keys, not {_kind(value)}"
+        message = "is empty: a mapping of keys is needed" if value is None else f"must be a mapping of keys, not {_kind(value)}"
         hint = f"known keys: {', '.join(known)}" if known else ""
     elif kind == "literal_error":
         choices = [choice.strip("' ") for choice in context["expected"].replace(" or ", ", ").split(",")]

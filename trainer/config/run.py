@@ -103,7 +103,7 @@ class Checkpoint(Node):
     """Who reads, at a resume, what the indices of the mesh axes `data` and `diloco` have in common. `one_replica`: the hosts of the first
     index, which pass it on to the others over the network: for many slices and a storage that is slower than what joins them."""
     start_from: str | None = None
-    """A Hugging Face safetensors folder (local or gs://) that gives the first parameters of a new run."""
+    """A Hugging Face safetensors folder or a parameter-only checkpoint, local or gs://: the first parameters of a new run."""
     allow_mismatch: tuple[str, ...] = ()
     """Differences accepted at resume: dotted config paths, or `data`, `tokenizer`."""
 

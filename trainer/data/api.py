@@ -122,15 +122,6 @@ def _checked_tokenizer(config: TrainConfig) -> Tokenizer | None:
     if config.steps * config.batch.global_batch > MAX_SAMPLES:
         problems.append(Problem(path="steps", message=f"steps x global_batch is above {MAX_SAMPLES:,} rows", code="steps"))
     synthetic = [isinstance(source, Synthetic) for source in config.data.sources]
-    if config.eval and not config.data.held_out and not any(synthetic):
-        problems.append(
-            Problem(
-                path="data.held_out",
-                message="eval is set, but no document is held out for it (held_out is 0)",
-                hint="set held_out, such as 0.01, or remove eval",
-                code="held_out",
-            )
-        )
     tokenizer = None if all(synthetic) else load_tokenizer(config.data.tokenizer)
     if tokenizer:
         problems += check_tokenizer(tokenizer, config.model.vocab_size)
