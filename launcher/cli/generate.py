@@ -81,5 +81,5 @@ def command(
     arguments = [source, *(f"--prompt={text}" for text in prompt)]
     arguments += [f"--{name}={value}" for name, value in options.items() if value is not None]
     arguments += ["--draft"] if draft else []
-    given = sys.stdin.read() if prompts == "-" else ""
+    given = sys.stdin.read() if str(prompts) == "-" else ""
     raise typer.Exit(run_trainer_module("trainer.decode", arguments, given=given).returncode)
