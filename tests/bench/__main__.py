@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bench import commands, loop, pipeline, scale, sigterm, startup, step
+from tests.bench import commands, decode, loop, pipeline, scale, sigterm, startup, step
 from tests.bench.measure import Row
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
@@ -23,6 +23,7 @@ MEASURES: dict[str, Callable[[], list[Row]]] = {
     "step-8": lambda: step.rows(8),
     "pipeline": pipeline.rows,
     "loop": loop.rows,
+    "decode": decode.rows,
 }
 ON_A_CLUSTER: dict[str, Callable[[], list[Row]]] = {"scale": scale.rows, "sigterm": sigterm.rows}
 """Only by name."""
