@@ -21,6 +21,14 @@ FORMS: dict[str, tuple[str, ...]] = {
     "weights once a repeat, expert 4, products kept": (
         "mesh.ici.stage=2", "mesh.ici.expert=4", "mesh.ici.fsdp=1", "pipeline={repeats: 2, gather: repeat}", "model.remat=minimal",
     ),
+    "delayed, expert 2, tensor 2, one by one, nothing recomputed": (
+        "mesh.ici.stage=2", "mesh.ici.expert=2", "mesh.ici.tensor=2", "mesh.ici.fsdp=1", "pipeline={delayed_forwarding: true}",
+        "model.layers=unroll", "model.remat=none", "batch.accumulation=2",
+    ),
+    "half of the layers, weights once, over data": (
+        "mesh.ici.stage=2", "mesh.ici.data=2", "mesh.ici.fsdp=2", "pipeline={layers: 2, gather: once}", "sharding.optimizer=over_data",
+        "batch.accumulation=2",
+    ),
     "four stages": ("mesh.ici.stage=4", "mesh.ici.expert=2", "mesh.ici.fsdp=1", "pipeline={}", "batch.accumulation=2"),
 }  # fmt: skip
 
