@@ -40,6 +40,7 @@ def document(directory: Path, cache: str, **changes: Any) -> Path:
         steps=STEPS,
         checkpoint={"every_steps": 7},
         metrics={"writers": ["jsonl"]},
+        compile_cache=f"{cache}/compiled",
         data={"sources": [{"type": "python_standard_library", "max_bytes": 200_000}], "cache_directory": cache},
         **changes,
     )

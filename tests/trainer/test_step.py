@@ -31,7 +31,7 @@ VARIANTS = {
     "fsdp4 expert2": ("mesh.ici.fsdp=4", "mesh.ici.expert=2"),
     "dp4 fsdp2 over data": ("mesh.ici.data=4", "mesh.ici.fsdp=2", "sharding.optimizer=over_data"),
 }
-RARE = {*[*VARIANTS][-5:]}
+RARE = {"accumulation 2", "remat none", "remat dots", *[*VARIANTS][-5:]}
 """Only in the long run."""
 
 
