@@ -43,6 +43,16 @@ def test_every_command_has_a_section_in_the_reference() -> None:
     assert set(sections) == set(COMMANDS)
 
 
+def test_every_feature_that_works_names_tests_that_exist() -> None:
+    rows = [line.split(" | ") for line in (ROOT / "docs" / "features.md").read_text().splitlines() if line.startswith("| ")]
+    works = [row for row in rows if row[1].startswith("works")]
+    assert len(works) > 30
+    for feature, _, files in works:
+        named = re.findall(r"`(\S+?)`", files)
+        assert named, f"{feature}: no test"
+        assert not [name for name in named if not (ROOT / "tests" / name).is_file()], feature
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_plain_command_of_a_page_succeeds_in_order(page: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
