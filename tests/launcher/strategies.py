@@ -157,7 +157,7 @@ def _tpu(value: Document, at: str) -> Mutator:
 
 def _both_accelerators(document: Document) -> str:
     document["tpu"], document["cpu"] = {"type": "v5e-16"}, {"hosts": 1}
-    return "tpu"
+    return "cpu"
 
 
 def _remove(key: str) -> Mutator:

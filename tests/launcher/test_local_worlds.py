@@ -28,7 +28,7 @@ STEPS = 400
 DILOCO = {"sync_every_steps": 2, "transport": {"type": "files", "wait_seconds": 5}}
 
 
-@pytest.fixture(params=["folder", "bucket"])
+@pytest.fixture(params=["folder", pytest.param("bucket", marks=pytest.mark.full)])
 def directory(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "folder":
         return str(tmp_path / "runs")
