@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -36,11 +36,12 @@ _LOGIN_HINTS: Final = {"gke-gcloud-auth-plugin": "gcloud auth login", "gcloud": 
 
 @dataclass(frozen=True)
 class Identity:
-    """`headers` of every request; `certificate` and `key` in PEM, for the TLS handshake."""
+    """`headers` of every request, `groups` to act as, each a header of its own; `certificate` and `key` in PEM, for the TLS handshake."""
 
     headers: dict[str, str] = field(default_factory=dict[str, str])
     certificate: bytes | None = None
     key: bytes | None = None
+    groups: tuple[str, ...] = ()
 
 
 class Credentials(Protocol):
@@ -76,7 +77,7 @@ class TokenFile:
                 token = self.path.read_text().strip()
             except (OSError, UnicodeDecodeError) as error:
                 raise Unavailable(f"the token in {self.path} cannot be read: {error}", hint="log in again") from None
-            self.known = Identity({**self.known.headers, "Authorization": f"Bearer {token}"}, self.known.certificate, self.known.key)
+            self.known = replace(self.known, headers={**self.known.headers, "Authorization": f"Bearer {token}"})
             self._read_at = time.monotonic()
         return self.known
 
@@ -147,7 +148,8 @@ class Plugin:
         if not token and not (certificate and key):
             raise self._failed("its answer has neither a token nor a certificate")
         headers = {**self.known.headers, **({"Authorization": f"Bearer {token}"} if token else {})}
-        return Identity(headers, *(str(part).encode() if part else None for part in (certificate, key)))
+        certificate, key = (str(part).encode() if part else None for part in (certificate, key))
+        return replace(self.known, headers=headers, certificate=certificate, key=key)
 
     def _failed(self, why: str) -> Unavailable:
         login = _LOGIN_HINTS.get(Path(self.command).name)
@@ -188,21 +190,21 @@ def credentials(context: Context) -> Credentials:
     headers = {
         **({"Impersonate-User": str(user["as"])} if user.get("as") else {}),
         **({"Impersonate-Uid": str(user["as-uid"])} if user.get("as-uid") else {}),
-        **({"Impersonate-Group": ",".join(strings(user["as-groups"]))} if user.get("as-groups") else {}),
     }
+    groups = tuple(strings(user.get("as-groups")))
     certificate, key = (data_or_file(user, f"client-{part}", context.user_folder) for part in ("certificate", "key"))
     if path := user.get("tokenFile"):
-        return TokenFile(context.user_folder / str(path), Identity(headers, certificate, key))
+        return TokenFile(context.user_folder / str(path), Identity(headers, certificate, key, groups))
     if token := user.get("token"):
         headers["Authorization"] = f"Bearer {token}"
     elif user.get("username"):
         pair = f"{user['username']}:{user.get('password', '')}"
         headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
     elif user.get("exec") and not certificate:
-        return Plugin(context, Identity(headers))
+        return Plugin(context, Identity(headers, groups=groups))
     elif user.get("auth-provider") and not certificate:
         return Library(context)
-    return Fixed(Identity(headers, certificate, key))
+    return Fixed(Identity(headers, certificate, key, groups))
 
 
 def _cluster_info(context: Context) -> dict[str, Any]:

@@ -78,9 +78,10 @@ class Transport:
         identity: Identity | None = None
         while True:
             refused, identity = identity, self._current(identity)
-            response = self._pool.request(
-                method, url, body=body, headers={**headers, **identity.headers}, timeout=timeout, preload_content=False, redirect=False
-            )
+            sent = urllib3.HTTPHeaderDict({**headers, **identity.headers})
+            for group in identity.groups:
+                sent.add("Impersonate-Group", group)
+            response = self._pool.request(method, url, body=body, headers=sent, timeout=timeout, preload_content=False, redirect=False)
             if response.status != 401 or refused is not None:
                 return response
             if self._current(identity) is identity:  # there is no other

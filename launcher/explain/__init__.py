@@ -129,6 +129,8 @@ def _model(spec: JobSpec) -> dict[str, Any]:
     if tpu is not None:
         peak = tpu.peak_bf16_tflops_per_device * 1e12 * spec.layout.devices
         found["seconds_per_step_at_half_of_peak"] = round(2 * operations / peak, 4)
+        steps_of_full_batches = batch.sequences_before(spec.train.steps) / batch.global_batch
+        found["hours_of_the_run_at_half_of_peak"] = round(steps_of_full_batches * 2 * operations / peak / 3600, 2)
     return found
 
 

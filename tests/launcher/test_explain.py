@@ -101,6 +101,11 @@ def test_a_model_that_cannot_fit_is_said_to_not_fit() -> None:
     assert "will not fit" in memory["verdict"] and "is the state: more devices" in memory["verdict"]
 
 
+def test_the_hours_of_a_run_are_its_steps_at_half_of_the_peak() -> None:
+    model = explain(example("v5p-128-spot", "train.steps=1000"))["model"]
+    assert model["hours_of_the_run_at_half_of_peak"] == pytest.approx(1000 * model["seconds_per_step_at_half_of_peak"] / 3600, abs=0.01)
+
+
 def test_what_does_not_fit_is_told_what_makes_its_largest_part_smaller() -> None:
     small = "train.model={preset: qwen3-0.6b}", "train.batch={global_batch: 512, sequence_length: 4096}"
     memory = explain(example("v5e-16", *small))["memory_per_device"]

@@ -43,7 +43,8 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        self.server.seen.append({"path": self.path, **dict(self.headers)})
+        told = {name: "|".join(self.headers.get_all(name, [])) for name in self.headers}
+        self.server.seen.append({"path": self.path, **told})
         known = self.server.accepted in (None, self.headers.get("Authorization"))
         body = self.server.answer if known else b'{"kind": "Status", "message": "Unauthorized", "reason": "Unauthorized"}'
         self.send_response(200 if known else 401)
@@ -87,6 +88,7 @@ def api(folder: Path, server: str, user: dict[str, Any]) -> Api:
         ({"tokenFile": "token", "token": "t"}, "Authorization", "Bearer from-a-file"),
         ({"username": "u", "password": "p"}, "Authorization", f"Basic {base64.b64encode(b'u:p').decode()}"),
         ({"token": "t", "as": "someone"}, "Impersonate-User", "someone"),
+        ({"token": "t", "as": "someone", "as-groups": ["a", "b"]}, "Impersonate-Group", "a|b"),
         ({}, "Authorization", None),
     ],
 )
