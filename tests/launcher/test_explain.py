@@ -102,8 +102,11 @@ def test_a_model_that_cannot_fit_is_said_to_not_fit() -> None:
 
 
 def test_the_hours_of_a_run_are_its_steps_at_half_of_the_peak() -> None:
-    model = explain(example("v5p-128-spot", "train.steps=1000"))["model"]
-    assert model["hours_of_the_run_at_half_of_peak"] == pytest.approx(1000 * model["seconds_per_step_at_half_of_peak"] / 3600, abs=0.01)
+    spec = example("v5p-128-spot")
+    model = explain(spec)["model"]
+    assert model["hours_of_the_run_at_half_of_peak"] == pytest.approx(
+        spec.train.steps * model["seconds_per_step_at_half_of_peak"] / 3600, abs=0.01
+    )
 
 
 def test_what_does_not_fit_is_told_what_makes_its_largest_part_smaller() -> None:
