@@ -19,7 +19,7 @@ from tests.launcher.local_jobs import TRAIN, container_of, document, last, until
 from tests.namespaces import pid_namespace
 from trainer.checkpoint.commit import committed_steps
 
-STEPS = 500  # of some milliseconds each: far more than pass between a signal and the agreement to leave
+STEPS = 200  # of some milliseconds each: far more than pass between a signal and the agreement to leave
 
 
 def trainer_pid(folder: JobFolder, worker: int, attempt: int) -> int | None:
@@ -45,7 +45,8 @@ def steps_done(run: Path) -> list[int]:
 
 
 def create(backend: LocalBackend, directory: Path, *, hosts: int, steps: int, **changes: Any) -> JobStatus:
-    train = {**TRAIN, "steps": steps, "metrics": {"writers": ["console", "jsonl"]}, "checkpoint": {"every_steps": 1000}}
+    kept = {"checkpoint": {"every_steps": 1000}, "compile_cache": str(directory / "compiled")}
+    train = {**TRAIN, **kept, "steps": steps, "metrics": {"writers": ["console", "jsonl"]}}
     spec = document(directory, hosts=hosts, train=train, env={"XLA_FLAGS": "--xla_backend_optimization_level=0"}, **changes)
     rendered = render(from_document(spec))
     container = container_of(rendered)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,11 +56,19 @@ def test_four_steps_of_a_linear_model_give_the_losses_computed_by_hand() -> None
     np.testing.assert_allclose(losses, [1.0, 0.49, 0.2401, 0.207543725], rtol=0, atol=1e-6)
 
 
+@cache
+def built(run_config: str, devices: int) -> tuple[Any, Any, Any]:
+    """Of two runs of one config the second compiles nothing."""
+    parsed = TrainConfig.model_validate_json(run_config)
+    where = layout(parsed, devices)
+    spec = describe_state(parsed, where)
+    return where, spec, make_train_step(parsed, spec, where)
+
+
 def run(run_config: TrainConfig, steps: int, devices: int = 8, rows: slice = slice(None)):
     """Yields the state's items (numpy) and metrics after each step, the first time before any."""
-    where = layout(run_config, devices)
-    spec = describe_state(run_config, where)
-    state, step = initial_state(run_config, spec), make_train_step(run_config, spec, where)
+    where, spec, step = built(run_config.model_dump_json(), devices)
+    state = initial_state(run_config, spec)
     feed = Feed(where.of_batch(run_config), run_config.batch.global_batch, run_config.batch.sequence_length)
     yield jax.tree.map(np.asarray, state_items(state)), {}
     for n in range(steps):

@@ -98,6 +98,7 @@ def assert_resumes_in_the_middle(make: Any, tmp_path: Path, monkeypatch: pytest.
             np.testing.assert_array_equal(value, expected[item][name], err_msg=f"{item}/{name}")
 
 
+@pytest.mark.full
 def test_a_growing_batch_resumed_in_the_middle_trains_as_steps_of_those_sizes_on_the_same_order_of_rows(
     tmp_path: Path, monkeypatch
 ) -> None:
