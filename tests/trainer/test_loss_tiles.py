@@ -19,7 +19,7 @@ CASES = {
     "accumulated": ("mesh.ici={fsdp: 4, fsdp_transpose: 1, tensor: 2}", "batch.accumulation=2"),
     "one device": ("mesh.ici={}",),
 }
-FULL = ("tied", "accumulated", "one device")
+FULL = ("sharded", "tied", "accumulated")
 
 
 def metrics(*overrides: str, devices: int) -> list[dict[str, float]]:

@@ -81,11 +81,12 @@ def test_terms_and_acceptance_equal_an_unrolled_reference_and_every_part_gets_a_
         assert np.linalg.norm(gradient) > 0, path
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "form",
     [
         ("batch.accumulation=2", "mesh.ici.fsdp=4", "mesh.ici.tensor=2"),
-        pytest.param(("model.layers=unroll", "model.remat=none", "batch.accumulation=8", "mesh.ici.fsdp=1"), marks=pytest.mark.full),
+        ("model.layers=unroll", "model.remat=none", "batch.accumulation=8", "mesh.ici.fsdp=1"),
     ],
     ids=["scanned, accumulation 2, fsdp 4, tensor 2", "unrolled, accumulation 8"],
 )
