@@ -17,16 +17,22 @@ def run_trainer_module(
 ) -> subprocess.CompletedProcess[str]:
     """`python -m MODULE ARGUMENTS` with `given` on its standard input; with `capture`, what it printed is in the result.
 
-    It is a process group of its own, which is told to end where this process is interrupted. Raises Unavailable where the
+    It is a process group of its own, which is told to end where this process is. Raises Unavailable where the
     package `needs` is not installed.
     """
     if importlib.util.find_spec(needs) is None:
         raise Unavailable("the trainer's packages are not installed here", hint="in the clone: ./setup.sh train")
     words = [sys.executable, "-m", module, *arguments]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE if capture else None, text=True, process_group=0) as process:
+
+        def pass_on(*_: object) -> None:
+            os.killpg(process.pid, signal.SIGTERM)
+
+        for number in (signal.SIGTERM, signal.SIGHUP):  # `timeout`, a closed terminal
+            signal.signal(number, pass_on)
         try:
             printed, _ = process.communicate(given)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGTERM)
+        except KeyboardInterrupt:
+            pass_on()
             raise
     return subprocess.CompletedProcess(words, process.returncode, printed)
