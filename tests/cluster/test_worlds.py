@@ -26,7 +26,7 @@ def test_previous_has_every_line_of_a_pod_that_its_slice_has_replaced_by_itself(
         **TRAIN,
         "steps": 1_000_000,
         "mesh": {"ici": {"fsdp": 1}},
-        "diloco": {"sync_every_steps": 10, "transport": {"type": "files", "wait_seconds": 5}},
+        "diloco": {"sync_every_steps": 10, "transport": {"type": "files", "wait_seconds": 600}},
         "checkpoint": {"every_steps": 1000},
         "metrics": {"log_every_steps": 10},
     }
