@@ -94,6 +94,14 @@ class Loop:
         self.checkpoints.wait()
         self._announce()
 
+    def evaluate_last(self, done: int, state: nnx.State) -> None:
+        """The evaluation of a run that was told to leave in the middle of it, behind its last step. Raises Preempted if told again."""
+        assert self.evaluate
+        sums = self.evaluate(state, functools.partial(self.preemption_requested, done))
+        if sums is None:
+            raise Preempted(f"asked to leave during the last evaluation; checkpoint {done} is committed")
+        self.reporter.eval(done, sums)
+
     def join(self, exchange: Exchange, state: nnx.State, done: int) -> tuple[nnx.State, int]:
         """The state of a slice that begins at the outer parameters of `state`, and its number of steps, after the rounds it has missed."""
         return self._told(exchange.join(state, done))

@@ -26,13 +26,14 @@ from trainer.config.diloco import one_world, worlds_apart
 from trainer.config.problem import ConfigError, Problem
 from trainer.config.terms import eval_terms
 from trainer.config.train import TrainConfig
-from trainer.contract import JOB_UID, Exit, slice_directory
+from trainer.contract import JOB_UID, METRICS_FOLDER, Exit, slice_directory
 from trainer.data import BatchLoader, Data, differences, open_data
 from trainer.errors import CheckpointError, DataError, PeerLost, ResumeMismatch
 from trainer.feed import Feed
 from trainer.loop import Loop
 from trainer.loss import LossSums
 from trainer.observe import Profiler, Reporter, enable_compile_cache, make_header
+from trainer.observe.jsonl import evaluated
 from trainer.parallel.compiler import check_options, compiler_options
 from trainer.parallel.sharding import Layout
 from trainer.silent import SilentTerms
@@ -73,10 +74,12 @@ def run(config: TrainConfig) -> Exit:
             saved = begin.checkpoints.meta(begin.step)
         accepted = _require_same_run(config, saved, meta(begin.step))
         _require_steps_ahead(config, begin.step)
+    complete = begin.step == config.steps and not begin.joins
+    unevaluated = complete and not _evaluated(config, directory)
     reporter = Reporter(own, directory, header, primary=world.process_index == 0)
     profiler = Profiler(config.profiler, directory, world.process_index)
     try:
-        if begin.step == config.steps and not begin.joins:
+        if complete and not unevaluated:
             reporter.event("already complete", step=begin.step, directory=directory)
             return Exit.DONE
         if begin.step is not None:
@@ -97,6 +100,9 @@ def run(config: TrainConfig) -> Exit:
         )
         with _not_outrun(begin.directory, directory, begin.step):
             state, done = _first_state(config, spec, begin.checkpoints, begin.step), begin.step or 0
+        if unevaluated:
+            loop.evaluate_last(done, state)
+            return Exit.DONE
         if exchange and begin.joins:
             state, done = loop.join(exchange, state, done)
             if done >= config.steps:
@@ -107,6 +113,15 @@ def run(config: TrainConfig) -> Exit:
         profiler.close()
         reporter.close()
     return Exit.DONE
+
+
+def _evaluated(config: TrainConfig, directory: str) -> bool:
+    """Whether a run that has done its last step has its last evaluation too, where one can tell. The same on all processes."""
+    if config.eval is None or "jsonl" not in config.metrics.writers:
+        return True
+    peers = Peers()
+    found = str(int(evaluated(f"{directory}/{METRICS_FOLDER}", config.steps))) if peers.is_primary else None
+    return peers.broadcast("evaluated", found, deadline=time.monotonic() + DATA_DEADLINE_SECONDS) == "1"
 
 
 def _exchange(config: TrainConfig, spec: StateSpec, world: distributed.World) -> Exchange | None:

@@ -74,6 +74,7 @@ def test_a_command_interrupted_at_any_moment_of_its_start_says_nothing_and_exits
         "import os, signal, sys\n"
         "from launcher.__main__ import main\n"
         "left = int(sys.argv.pop(1))\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what runs in the background is started without
         "def hook(event, arguments):\n"
         "    global left\n"
         "    left -= event == 'import'\n"

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 COMMAND = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background is started without
 from launcher.cli.tool import run_trainer_module
 sys.exit(run_trainer_module("waits", [], needs="json").returncode)
 """

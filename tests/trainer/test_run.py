@@ -41,6 +41,12 @@ def parameters(directory: Path, step: int) -> dict[str, np.ndarray]:
     return {f"{item}/{name}": np.asarray(value) for item, values in restored.items() for name, value in values.items()}
 
 
+def evaluations(directory: Path) -> dict[int, list[float]]:
+    lines = [json.loads(line) for line in (directory / "metrics" / "metrics.jsonl").read_text().splitlines()]
+    found = [(line["done"], line["loss"]) for line in lines if line["kind"] == "eval"]
+    return {done: [loss for at, loss in found if at == done] for done, _ in found}
+
+
 def losses(directory: Path) -> list[float]:
     lines = [json.loads(line) for line in (directory / "metrics" / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if line["kind"] == "step"]
@@ -75,15 +81,24 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_a_run_with_evaluation_and_checkpoints_traces_and_compiles_each_step_once(tmp_path: Path, plain: Path) -> None:
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps with an evaluation after every second one; the log of its compilations is in `compilations.txt`."""
+    directory = tmp_path_factory.mktemp("evaluated")
     with compilations() as seen:
-        run(small(tmp_path, eval={"every_steps": 2}))
+        run(small(directory, eval={"every_steps": 2}))
+    (directory / "compilations.txt").write_text("\n".join(seen))
+    return directory
+
+
+def test_a_run_with_evaluation_and_checkpoints_traces_and_compiles_each_step_once(evaluated: Path, plain: Path) -> None:
+    seen = (evaluated / "compilations.txt").read_text().splitlines()
     for function in ("train_step", "eval_step"):
         assert sum(f"Finished tracing {function} for jit" in line for line in seen) == 1
         assert sum(f"Finished XLA compilation of jit({function})" in line for line in seen) == 1
-    evaluated, alone = parameters(tmp_path, 6), parameters(plain, 6)
+    with_evaluation, alone = parameters(evaluated, 6), parameters(plain, 6)
     for name, value in alone.items():
-        np.testing.assert_array_equal(evaluated[name], value, err_msg=name)
+        np.testing.assert_array_equal(with_evaluation[name], value, err_msg=name)
 
 
 def test_a_resumed_run_traces_and_compiles_the_step_once_and_ends_with_the_same_bits(tmp_path: Path, plain: Path, monkeypatch) -> None:
@@ -104,20 +119,29 @@ def test_a_resumed_run_traces_and_compiles_the_step_once_and_ends_with_the_same_
 
 
 def test_a_run_asked_to_leave_during_an_evaluation_saves_at_once_and_goes_on_with_the_same_bits(
-    tmp_path: Path, plain: Path, monkeypatch
+    tmp_path: Path, plain: Path, evaluated: Path, monkeypatch
 ) -> None:
     asked: list[int] = []
 
     def in_the_evaluation(step: int) -> bool:
         asked.append(step)
-        return asked.count(4) == 2
+        return asked.count(step) == 2
 
     monkeypatch.setattr(run_module.distributed, "preemption_requested", in_the_evaluation)
     with pytest.raises(Preempted, match="checkpoint 4 is committed"):
         run(small(tmp_path, eval={"every_steps": 4}))
     assert asked == [1, 2, 3, 4, 4]
+    with pytest.raises(Preempted, match="checkpoint 6 is committed"):  # in the last one
+        run(small(tmp_path, eval={"every_steps": 4}))
+    assert asked == [1, 2, 3, 4, 4, 5, 6, 6]
+    with pytest.raises(Preempted, match="checkpoint 6 is committed"):  # in the one that was made up for
+        asked.remove(6)
+        run(small(tmp_path, eval={"every_steps": 4}))
     monkeypatch.undo()
+    assert evaluations(tmp_path) == {}
     run(small(tmp_path, eval={"every_steps": 4}))
+    run(small(tmp_path, eval={"every_steps": 4}))  # complete: nothing is evaluated again
+    assert evaluations(tmp_path) == {6: evaluations(evaluated)[6]}
     assert losses(tmp_path) == losses(plain)
     resumed, alone = parameters(tmp_path, 6), parameters(plain, 6)
     for name, value in alone.items():

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,6 +55,23 @@ def next_attempt(directory: str) -> int:
         return 0
     with open(path, "rb") as file:
         return 1 + max((int(match[1]) for line in file if (match := _HEADER.match(line))), default=-1)
+
+
+def evaluated(directory: str, done: int) -> bool:
+    """Whether an evaluation after `done` steps is on record in `directory`. Raises OSError."""
+    if directory.startswith("gs://"):
+        storage = open_storage(directory)
+        names = sorted((name for name in storage.files() if _OBJECT.fullmatch(name)), reverse=True)
+        return any(_tells_of(storage.read(name).splitlines(), done) for name in names)
+    path = Path(directory, METRICS_FILE)
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        return _tells_of(file, done)
+
+
+def _tells_of(lines: Iterable[bytes], done: int) -> bool:
+    return any(line.startswith(b'{"kind": "eval"') and f'"done": {done},'.encode() in line for line in lines)
 
 
 def torn(directory: str) -> bool:

@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 
 import google_crc32c
+import jax.numpy as jnp
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
@@ -16,6 +17,8 @@ from tests.trainer.observe.conftest import metrics, reporter
 from trainer.checkpoint import bucket_log as log_module
 from trainer.checkpoint.bucket_log import BucketLog
 from trainer.checkpoint.storage import open_storage
+from trainer.loss import LossSums
+from trainer.observe.jsonl import evaluated
 from trainer.observe.tensorboard import TensorBoard, tag
 
 
@@ -82,6 +85,17 @@ def test_each_attempt_writes_objects_of_its_own_on_gs(gcs: Gcs, run_config, cloc
     assert header["kind"] == "header" and (step["attempt"], step["step"], step["loss"]) == (1, 1, 1.0)
     for name in (name for name in names if "tfevents" in name):
         assert len(events(storage.read(name))) == 3
+
+
+def test_an_evaluation_is_found_in_the_objects_of_an_earlier_attempt(gcs: Gcs, run_config, clock) -> None:
+    url = f"{gcs.url}/evaluated"
+    for attempt in range(2):
+        report = reporter(run_config(run_directory=url, writers=("jsonl",)), clock)
+        if attempt == 0:
+            report.eval(12, LossSums(cross_entropy=jnp.float32(200.0), z_loss=jnp.float32(0), tokens=jnp.float32(100)))
+        report.close(timeout_seconds=30)
+    assert evaluated(f"{url}/metrics", 12)
+    assert not evaluated(f"{url}/metrics", 1) and not evaluated(f"{url}/elsewhere", 12)
 
 
 def test_objects_on_gs_are_rotated_and_those_not_sent_yet_are_bounded(gcs: Gcs, monkeypatch) -> None:
