@@ -25,10 +25,10 @@ def command(
     from launcher.cli.backends import connect, job
 
     target = connect(backend, context=context, kubeconfig=kubeconfig, namespace=namespace, name=name)
-    job(target, backend, name)
+    found = job(target, backend, name)
     try:
         target.delete(name)
     except KeyboardInterrupt:
         print(f"interrupted: {name} goes on being removed, once that was asked for", file=sys.stderr)
         raise
-    print(f"{name}: cancelled")
+    print(f"{name}: removed; it had {found.state}" if found.state.finished else f"{name}: cancelled")

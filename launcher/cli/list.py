@@ -64,10 +64,12 @@ def _row(status: JobStatus, *, wide: bool) -> tuple[str, ...]:
     from launcher.cli.show import age
     from launcher.errors import visible
 
-    ready = sum(part.ready == part.hosts for part in status.slices)
-    more = (f"{ready}/{len(status.slices)}", status.labels.get(QUEUE_LABEL, ""), status.annotations.get(SUBMITTED_BY_ANNOTATION, ""))
+    hosts, slices = f"{status.ready}/{status.hosts}", f"{sum(part.ready == part.hosts for part in status.slices)}/{len(status.slices)}"
+    if status.state.finished:
+        hosts = slices = "-"
+    more = (slices, status.labels.get(QUEUE_LABEL, ""), status.annotations.get(SUBMITTED_BY_ANNOTATION, ""))
     message = " ".join(visible(status.message).split())
     return (
-        status.name, str(status.state), f"{status.ready}/{status.hosts}", f"{status.restarts_used}/{status.restarts_max}",
+        status.name, str(status.state), hosts, f"{status.restarts_used}/{status.restarts_max}",
         str(status.restarts_free), age(status.created_at), *(more if wide else ()), message if wide else message[:100],
     )  # fmt: skip

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args, get_origin
+from typing import Annotated, Any, Final, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -112,6 +112,17 @@ def validate[M: BaseModel](model: type[M], document: Any, *, hidden: Collection[
         raise ConfigError(problems_of(model, error, hidden=hidden)) from None
 
 
+WORDS: Final = {
+    "greater_than": "must be more than {gt}", "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}", "less_than_equal": "must be at most {le}",
+    "int_type": "must be a whole number", "int_parsing": "must be a whole number", "int_from_float": "must be a whole number",
+    "float_type": "must be a number", "float_parsing": "must be a number", "finite_number": "must be a finite number",
+    "bool_type": "must be true or false", "bool_parsing": "must be true or false",
+    "tuple_type": "must be a list", "list_type": "must be a list",
+}  # fmt: skip
+"""Pydantic's kinds of problems in our words; the fields are those of its context."""
+
+
 def problems_of(model: type[BaseModel], error: ValidationError, *, hidden: Collection[str] = ()) -> list[Problem]:
     """Every problem in pydantic's words turned into ours, without those that only follow from another."""
     details = error.errors(include_url=False)
@@ -166,10 +177,15 @@ def _problem(model: type[BaseModel], detail: Any, *, show: bool) -> Problem:
         choices = [choice.strip("' ") for choice in context["expected"].replace(" or ", ", ").split(",")]
         close = near_miss(value, choices) if isinstance(value, str) else None
         message, hint = f"{message}, got {_short(value)}", f"did you mean {close!r}?" if close else ""
+    elif kind in ("too_short", "too_long"):
+        bound = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
+        message = f"must have {bound}, not {context['actual_length']}" if context["actual_length"] else f"is empty: {bound} needed"
     elif kind == "string_type":
         message, hint = f"must be text, not {_kind(value)}", "put it in quotes" if isinstance(value, str | int | float) else ""
-    elif show and (isinstance(value, str | int | float | bool) or value is None):
-        message = f"{message}, got {_short(value)}"
+    else:
+        message = WORDS[kind].format_map(context) if kind in WORDS else message
+        if show and (isinstance(value, str | int | float | bool) or value is None):
+            message = f"{message}, got {_short(value)}"
     shown = value if show and isinstance(value, str | int | float) else None
     return Problem(path=dotted(location), message=message, hint=hint, code=kind, value=shown)
 
