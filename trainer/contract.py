@@ -6,6 +6,7 @@ spell one of these names by itself.
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 from typing import Final
 
@@ -85,6 +86,8 @@ ATTEMPTS_WITHOUT_PROGRESS: Final = 3
 
 # The trainer runs with the config of a directory; these names are fixed in it.
 CHECKPOINT_FOLDER: Final = "checkpoints"
+COMMIT_FILE: Final = "commit.json"  # in a step's folder of it: what makes the step one that counts
+SAVE_SECONDS: Final = "save_seconds"  # in that file: how long the save took, from when it was asked for
 METRICS_FOLDER: Final = "metrics"
 METRICS_FILE: Final = "metrics.jsonl"  # in that folder, where it is local
 LOG_FOLDER: Final = "logs"
@@ -94,6 +97,14 @@ ROUNDS_FOLDER: Final = "rounds"  # where they meet
 
 # How process 0 begins to say what ended the attempt before its own; `why` and `status` read it.
 ATTEMPT_ENDED: Final = "end of attempt"
+# And what it says of a save.
+COMMITTED: Final = "checkpoint committed"
+GRACE_SHORT: Final = "grace too short"
+
+
+def grace_needed(save_seconds: float) -> int:
+    """Seconds a host must be given to leave with its work: a save, after the wait for the cause where it lost a peer."""
+    return math.ceil(save_seconds) + SURVIVOR_WAIT_SECONDS
 
 
 def slice_directory(run_directory: str, index: int) -> str:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from trainer.checkpoint import Checkpoints
 from trainer.config.train import TrainConfig
+from trainer.contract import COMMITTED, GRACE_SHORT, grace_needed
 from trainer.errors import NumericsError, Preempted
 from trainer.loss import LossSums
 from trainer.observe import Profiler, Reporter
@@ -41,6 +42,8 @@ class Loop:
     """Where slices are worlds of their own: how this one meets the others."""
     leaving: Callable[[], bool] = lambda: False
     """Whether this process alone was asked to leave; asked while it waits for other slices."""
+    grace_seconds: float = math.inf
+    """Between being asked to leave and being killed."""
 
     def run(self, state: nnx.State, batches: Batches) -> nnx.State:
         """Train to the last step and commit it. `batches` yields (n, batch n) from the resume position on.
@@ -123,10 +126,13 @@ class Loop:
         self.checkpoints.save(done, state_items(state), self.meta(done))
 
     def _announce(self) -> None:
-        for step in self.checkpoints.newly_committed():
-            self.reporter.event("checkpoint committed", step=step)
+        for saved in self.checkpoints.newly_committed():
+            self.reporter.event(COMMITTED, step=saved.step, seconds=saved.seconds)
+            needed = grace_needed(saved.seconds)
+            if needed > self.grace_seconds:
+                self.reporter.event(GRACE_SHORT, step=saved.step, grace_seconds=self.grace_seconds, needed_seconds=needed)
             if self.exchange:
-                self.exchange.saved(step)
+                self.exchange.saved(saved.step)
 
     def _require_finite(self, metrics: Mapping[str, float] | None) -> None:
         if metrics is None or all(math.isfinite(metrics[name]) for name in ("loss", "gradient_norm")):

@@ -26,7 +26,7 @@ from trainer.config.diloco import one_world, worlds_apart
 from trainer.config.problem import ConfigError, Problem
 from trainer.config.terms import eval_terms
 from trainer.config.train import TrainConfig
-from trainer.contract import JOB_UID, METRICS_FOLDER, Exit, slice_directory
+from trainer.contract import GRACE_SECONDS, JOB_UID, METRICS_FOLDER, Exit, slice_directory
 from trainer.data import BatchLoader, Data, differences, open_data
 from trainer.errors import CheckpointError, DataError, PeerLost, ResumeMismatch
 from trainer.feed import Feed
@@ -97,6 +97,7 @@ def run(config: TrainConfig) -> Exit:
             preemption_requested=distributed.preemption_requested,
             exchange=exchange,
             leaving=distributed.asked_to_leave,
+            grace_seconds=float(os.environ.get(GRACE_SECONDS) or "inf"),
         )
         with _not_outrun(begin.directory, directory, begin.step):
             state, done = _first_state(config, spec, begin.checkpoints, begin.step), begin.step or 0

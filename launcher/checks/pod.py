@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Final
 
+from launcher.labels import SPOT_GRACE_SECONDS
 from launcher.manifest.container import TPU_PORTS
 from launcher.manifest.volumes import OWN_MOUNTS
 from launcher.redact import SECRET_NAME, has_secret_form, looks_random
@@ -16,8 +17,8 @@ from launcher.spec.pod import FromSecret
 from trainer import contract
 from trainer.config import Problem
 
-SPOT_GRACE_SECONDS: Final = 30
-"""A spot node goes about 30 seconds after its notice, whatever the pod asks for; some 15 of them are the pod's."""
+MAX_GRACE_SECONDS: Final = 3600
+"""Of `grace_seconds`."""
 
 MIN_GRACE_SECONDS: Final = contract.SURVIVOR_WAIT_SECONDS + 5
 """A process that lost a peer waits this long for the cause before it exits."""
@@ -86,6 +87,39 @@ def grace_fits_capacity(spec: JobSpec) -> Iterator[Problem]:
         message = f"{grace} s are too few: a process that lost a peer waits {wait} s for the cause, then leaves"
         hint = f"at least {MIN_GRACE_SECONDS}"
         yield Problem(path="grace_seconds", message=message, hint=hint, code="grace-short", value=grace, limit=MIN_GRACE_SECONDS)
+
+
+def grace_fits_save(spec: JobSpec, *, step: int, seconds: float) -> Iterator[Problem]:
+    """Of a run whose last save, of `step`, took so long. Where the capacity gives no more, only a grace of one's own is refused: what it
+    gives by itself is all there is, and `save_outlasts_capacity` says so."""
+    needed, most = contract.grace_needed(seconds), _longest_grace(spec)
+    if spec.grace >= needed or (needed > most and spec.grace_seconds is None):
+        return
+    leave_out = f"leave it out: hosts of this capacity get {most} s at most, so that checkpoint.every_steps is what protects the run"
+    yield Problem(
+        path="grace_seconds",
+        message=f"{spec.grace} s, but the save of step {step} took {seconds:.1f} s; after the {contract.SURVIVOR_WAIT_SECONDS} s that a "
+        f"process waits for the cause when it lost a peer, a host needs {needed} s to leave with its work",
+        hint=f"grace_seconds: {needed}" if needed <= most else leave_out,
+        code="grace-save",
+        value=spec.grace,
+        limit=needed,
+    )
+
+
+def save_outlasts_capacity(spec: JobSpec, *, step: int, seconds: float) -> str:
+    """What is lost where no grace that the capacity gives is long enough for a save; else nothing."""
+    needed, most = contract.grace_needed(seconds), _longest_grace(spec)
+    if spec.grace >= needed or needed <= most or spec.grace_seconds is not None:
+        return ""
+    return (
+        f"the save of step {step} took {seconds:.1f} s, and hosts of this capacity get {most} s at most to leave: "
+        f"one that is taken loses what it did since its last checkpoint (checkpoint.every_steps: {spec.train.checkpoint.every_steps})"
+    )
+
+
+def _longest_grace(spec: JobSpec) -> int:
+    return SPOT_GRACE_SECONDS if isinstance(spec.capacity, Spot) else MAX_GRACE_SECONDS
 
 
 def jobset_knows_the_fields(spec: JobSpec) -> Iterator[Problem]:

@@ -31,9 +31,13 @@ def command(
     """Show what a job spec means: devices, mesh, memory, timeouts, exit codes."""
     from launcher.checks import load
     from launcher.cli.output import emit
+    from launcher.cli.saves import hold_against
     from launcher.explain import explain
+    from launcher.observe.saves import last_save
 
     loaded = load(spec, overrides)
+    save = last_save(loaded.train.run_directory)
+    hold_against(loaded, save)
     if sharding:
         from launcher.cli.sharding import print_sharding
         from launcher.explain.sharding import sharding_report
@@ -42,6 +46,8 @@ def command(
         print_sharding(report) if output is Output.TABLE else emit(report, output)
         return
     sections = explain(loaded)
+    if save:
+        sections["timeouts"]["last_save_seconds"] = save.seconds
     if output is not Output.TABLE:
         emit(sections, output)
         return

@@ -42,6 +42,7 @@ def _rows(report: Report, where: str) -> list[tuple[str, str]]:
         ("state", str(status.state)),
         ("cause", f"{report.cause.sentence} [{report.cause.code}]"),
         ("next", report.cause.fix),
+        *(("remark", str(remark)) for remark in report.remarks),
     ]
     if queue:
         place = f"position {queue.position} of {queue.waiting} waiting" if queue.position else ""
@@ -55,7 +56,8 @@ def _rows(report: Report, where: str) -> list[tuple[str, str]]:
     if progress and progress.done is not None:
         rows.append(("progress", f"{_step(report)}{f', {age(progress.at, report.now)} ago' if progress.at else ''}"))
     if progress and progress.checkpoint is not None:
-        rows.append(("checkpoint", f"step {progress.checkpoint}, {age(progress.checkpoint_at, report.now)} ago"))
+        took = "" if progress.save_seconds is None else f", saved in {progress.save_seconds:.1f} s"
+        rows.append(("checkpoint", f"step {progress.checkpoint}, {age(progress.checkpoint_at, report.now)} ago{took}"))
     if report.directory:
         rows.append(("directory", report.directory))
     return rows

@@ -42,11 +42,14 @@ def command(
     from launcher.backend.status import RUN_DIRECTORY_ANNOTATION
     from launcher.checks import load
     from launcher.cli.backends import connect, flags
+    from launcher.cli.saves import hold_against
     from launcher.errors import AlreadyExists
     from launcher.explain.verdict import too_large
     from launcher.manifest import render
+    from launcher.observe.saves import asked_for_last_save
 
     parsed = load(spec, overrides, target=backend.value)
+    last_save = asked_for_last_save(parsed.train.run_directory)
     if fault := too_large(parsed):
         print(f"note: estimated at {fault}", file=sys.stderr)
     manifests = render(parsed)
@@ -58,6 +61,8 @@ def command(
         if trouble:
             print(f"note: {trouble}; the job runs whatever the tag means at each start", file=sys.stderr)
     options = flags(backend, namespace)
+    if not attach:
+        hold_against(parsed, last_save())
     try:
         status = target.create(manifests, replace=replace)
     except AlreadyExists:

@@ -28,10 +28,15 @@ def command(
     """Check a job spec; print every problem at once. Exit code 64 when there is one."""
     from launcher.checks import problems_in
     from launcher.cli.output import count, emit
+    from launcher.cli.saves import grace_problems, note
     from launcher.errors import SpecError
     from launcher.explain.verdict import too_large
+    from launcher.observe.saves import last_save
 
     parsed, problems = problems_in(spec, overrides, target=backend.value if backend else None)
+    save = last_save(parsed.train.run_directory) if parsed else None
+    if parsed and save and not problems:
+        problems = grace_problems(parsed, save)
     if output is not Output.TABLE:
         from launcher.redact import redact
 
@@ -53,3 +58,4 @@ def command(
     print(f"{parsed.name}: valid: {layout.slices} x {what}, {count(layout.hosts, 'host')}, {count(layout.devices, 'device')}")
     if fault := too_large(parsed):
         print(f"note: estimated at {fault}", file=sys.stderr)
+    note(parsed, save)

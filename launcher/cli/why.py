@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from launcher.backend import BackendKind
 from launcher.cli.options import BackendChoice, Context, JobName, Kubeconfig, Namespace, Output, OutputFormat
 
@@ -24,17 +26,21 @@ def command(
     """
     from launcher.cli.backends import connect, flags, look
     from launcher.cli.output import emit, screen
+    from launcher.observe.remarks import progress_of, remarks
     from launcher.observe.why import why
 
     scene = look(connect(backend, context=context, kubeconfig=kubeconfig, namespace=namespace, name=name), backend, name)
     found = why(scene).told_with(flags(backend, namespace))
+    further = list(remarks(scene, progress_of(scene)))
     if output is not Output.TABLE:
         state = scene.status.state.value
         emit({"name": name, "state": state, "code": found.code, "sentence": found.sentence, "fix": found.fix,
-              "evidence": list(found.evidence), "unreadable": list(scene.unreadable)}, output)  # fmt: skip
+              "evidence": list(found.evidence), "remarks": [asdict(remark) for remark in further],
+              "unreadable": list(scene.unreadable)}, output)  # fmt: skip
         return
     rows = [(name, scene.status.state.value), ("cause", f"{found.sentence} [{found.code}]"), ("fix", found.fix)]
     rows += [("evidence" if number == 0 else "", line) for number, line in enumerate(found.evidence)]
+    rows += [("remark", str(remark)) for remark in further]
     if scene.unreadable:
         rows.append(("not seen", f"this user may not read {', '.join(scene.unreadable)}"))
     print(screen(rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from launcher.labels import ACCELERATOR_LABEL, DEFAULT_CONTAINER_ANNOTATION, TOPOLOGY_LABEL
+from launcher.labels import ACCELERATOR_LABEL, DEFAULT_CONTAINER_ANNOTATION, SPOT_LABEL, TOPOLOGY_LABEL
 from launcher.manifest import names
 from launcher.manifest.container import container, pod_security_context
 from launcher.manifest.volumes import volumes
@@ -15,7 +15,6 @@ from launcher.tpu.table import ACCELERATOR_COUNT_LABEL, RESOURCE, Slice, format_
 
 Manifest = dict[str, Any]
 
-SPOT_LABEL: Final = "cloud.google.com/gke-spot"
 FLEX_START_LABEL: Final = "cloud.google.com/gke-flex-start"
 QUEUED_TAINT: Final = "cloud.google.com/gke-queued"
 RESERVATION_LABEL: Final = "cloud.google.com/reservation"

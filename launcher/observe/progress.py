@@ -11,10 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, cast
 
-from trainer.contract import METRICS_FILE, METRICS_FOLDER
+from trainer.contract import COMMITTED, METRICS_FILE, METRICS_FOLDER
 
 TAIL_BYTES: Final = 256 * 1024
-COMMITTED: Final = "checkpoint committed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +25,7 @@ class Progress:
     at: datetime | None = None  # when it was told
     checkpoint: int | None = None  # the last committed one that is on record
     checkpoint_at: datetime | None = None
+    save_seconds: float | None = None  # of that one, from when it was asked for
 
 
 def last_progress(run_directory: str) -> Progress | None:
@@ -46,12 +46,15 @@ def last_progress(run_directory: str) -> Progress | None:
             known = float(loss) if isinstance(loss, int | float | str) else None
             found = replace(found, done=record["done"], loss=known, step_seconds=seconds, at=at)
         elif record.get("event") == COMMITTED and isinstance(record.get("step"), int):
-            found = replace(found, checkpoint=record["step"], checkpoint_at=at)
+            took = record.get("seconds")
+            found = replace(
+                found, checkpoint=record["step"], checkpoint_at=at, save_seconds=float(took) if isinstance(took, int | float) else None
+            )
     return None if found == Progress() else found
 
 
 _STEP: Final = re.compile(r"\[ *(?P<done>\d+)/(?P<total>\d+)\]  loss (?P<loss>\S+)(?:.*?  (?P<time>[\d.]+) (?P<unit>ms|s)/step)?")
-_COMMIT: Final = re.compile(rf"{COMMITTED}: step (?P<step>\d+)")
+_COMMIT: Final = re.compile(rf"{COMMITTED}: step (?P<step>\d+)(?:  seconds (?P<seconds>[\d.]+))?")
 
 
 def progress_in(log: Sequence[str]) -> Progress | None:
@@ -65,7 +68,8 @@ def progress_in(log: Sequence[str]) -> Progress | None:
                 found, done=int(step["done"]), total=int(step["total"]), loss=_number(step["loss"]), step_seconds=seconds, at=_time(stamp)
             )
         elif commit := _COMMIT.match(text):
-            found = replace(found, checkpoint=int(commit["step"]), checkpoint_at=_time(stamp))
+            took = _number(commit["seconds"]) if commit["seconds"] else None
+            found = replace(found, checkpoint=int(commit["step"]), checkpoint_at=_time(stamp), save_seconds=took)
     return None if found == Progress() else found
 
 

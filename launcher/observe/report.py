@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
@@ -12,8 +12,9 @@ from launcher.backend.status import RUN_DIRECTORY_ANNOTATION, Event, JobStatus, 
 from launcher.backend.values import items, mapping
 from launcher.observe.cause import Cause
 from launcher.observe.history import restarts
-from launcher.observe.progress import Progress, last_progress, progress_in
+from launcher.observe.progress import Progress
 from launcher.observe.quantity import quantity
+from launcher.observe.remarks import Remark, progress_of, remarks
 from launcher.observe.why import why
 from launcher.observe.why_queue import cluster_of, position
 
@@ -39,6 +40,7 @@ class Queue:
 class Report:
     status: JobStatus
     cause: Cause
+    remarks: tuple[Remark, ...]
     progress: Progress | None
     queue: Queue | None
     last_restart: str  # what ended the attempt before this one
@@ -59,10 +61,12 @@ class Report:
             "hosts_ready": self.status.ready,
             "cause": {"code": self.cause.code, "sentence": self.cause.sentence, "evidence": list(self.cause.evidence)},
             "next": self.cause.fix,
+            "remarks": [asdict(remark) for remark in self.remarks],
             "last_restart": self.last_restart,
             "progress": progress and {
                 "done": progress.done, "total": progress.total, "loss": progress.loss, "step_seconds": progress.step_seconds,
                 "at": _text(progress.at), "checkpoint": progress.checkpoint, "checkpoint_at": _text(progress.checkpoint_at),
+                "save_seconds": progress.save_seconds,
             },
             "queue": queue and {
                 "name": queue.name, "cluster_queue": queue.cluster_queue, "position": queue.position, "waiting": queue.waiting,
@@ -74,11 +78,12 @@ class Report:
 
 def report(scene: Scene) -> Report:
     directory = scene.status.annotations.get(RUN_DIRECTORY_ANNOTATION, "")
-    history = restarts(scene)
+    history, progress = restarts(scene), progress_of(scene)
     return Report(
         status=scene.status,
         cause=why(scene),
-        progress=(last_progress(directory) if directory else None) or progress_in(scene.log),
+        remarks=tuple(remarks(scene, progress)),
+        progress=progress,
         queue=_queue(scene),
         last_restart=history[0].sentence if history else "",
         directory=directory,

@@ -12,11 +12,12 @@ import pytest
 
 from launcher.backend.scene import Scene
 from launcher.cli.show import line, whole
+from launcher.labels import SPOT_LABEL
 from launcher.observe.progress import last_progress, progress_in
 from launcher.observe.report import Quota, report
 from tests.cluster.situations import SITUATIONS
 from tests.launcher.test_why import recorded
-from trainer.contract import ATTEMPT_ENDED
+from trainer.contract import ATTEMPT_ENDED, SURVIVOR_WAIT_SECONDS
 
 # As the trainer prints them, each after the kubelet's time.
 LOG = (
@@ -49,6 +50,21 @@ def test_the_log_of_process_0_tells_the_last_step_and_the_last_checkpoint() -> N
     assert progress_in(()) is None
 
 
+def test_a_save_that_outlasts_the_grace_is_remarked_on_until_the_job_has_ended() -> None:
+    running = replace(recorded("running"), log=("2026-11-21T06:45:08.0Z checkpoint committed: step 10  seconds 115.25",))
+    (remark,) = report(running).remarks
+    assert (remark.code, "took 115.2 s: a host that is asked to leave needs 126 s, and has" in remark.sentence) == ("grace-save", True)
+    assert "grace_seconds: 126 in the spec" in remark.fix
+    assert str(remark) in whole(report(running), "here") and "saved in 115.2 s" in whole(report(running), "here")
+    spot = replace(running, jobset=copy.deepcopy(running.jobset))
+    pod = spot.jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    pod["nodeSelector"] = {SPOT_LABEL: "true"}
+    assert "checkpoint.every_steps" in report(spot).remarks[0].fix
+    assert report(replace(recorded("completed"), log=running.log)).remarks == ()
+    for fits in ("step 10", f"step 10  seconds {pod['terminationGracePeriodSeconds'] - SURVIVOR_WAIT_SECONDS:.3f}"):
+        assert report(replace(running, log=(f"2026-11-21T06:45:08.0Z checkpoint committed: {fits}",))).remarks == ()
+
+
 def test_what_a_code_without_a_rule_was_is_told_by_the_trainer_of_the_next_attempt() -> None:
     scene = recorded("crash-loop")
     ended = scene.status.attempt - 1
@@ -62,7 +78,7 @@ def test_what_a_code_without_a_rule_was_is_told_by_the_trainer_of_the_next_attem
 def test_a_run_directory_on_this_machine_tells_the_same(tmp_path: Path) -> None:
     records = [
         {"kind": "step", "time": 100.0, "done": 10, "loss": 4.0, "step_seconds": 0.5},
-        {"kind": "event", "time": 101.0, "event": "checkpoint committed", "step": 10},
+        {"kind": "event", "time": 101.0, "event": "checkpoint committed", "step": 10, "seconds": 2.5},
         {"kind": "step", "time": 102.0, "done": 20, "loss": "NaN", "step_seconds": 0.25},
     ]
     (tmp_path / "metrics").mkdir()
@@ -70,7 +86,7 @@ def test_a_run_directory_on_this_machine_tells_the_same(tmp_path: Path) -> None:
     (tmp_path / "metrics" / "metrics.jsonl").write_text("\n".join(lines))
     found = last_progress(str(tmp_path))
     assert found is not None
-    assert (found.done, found.step_seconds, found.checkpoint) == (20, 0.25, 10)
+    assert (found.done, found.step_seconds, found.checkpoint, found.save_seconds) == (20, 0.25, 10, 2.5)
     assert str(found.loss) == "nan"
 
 

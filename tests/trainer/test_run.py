@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from trainer import run as run_module
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint.saving import Save
 from trainer.config import ConfigError, TrainConfig
-from trainer.contract import Exit
+from trainer.contract import COMMITTED, GRACE_SECONDS, GRACE_SHORT, SURVIVOR_WAIT_SECONDS, Exit
 from trainer.errors import NumericsError, Preempted, ResumeMismatch
 from trainer.run import run
 from trainer.state import describe_state, state_items
@@ -41,15 +42,21 @@ def parameters(directory: Path, step: int) -> dict[str, np.ndarray]:
     return {f"{item}/{name}": np.asarray(value) for item, values in restored.items() for name, value in values.items()}
 
 
+def records(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics" / "metrics.jsonl").read_text().splitlines()]
+
+
 def evaluations(directory: Path) -> dict[int, list[float]]:
-    lines = [json.loads(line) for line in (directory / "metrics" / "metrics.jsonl").read_text().splitlines()]
-    found = [(line["done"], line["loss"]) for line in lines if line["kind"] == "eval"]
+    found = [(line["done"], line["loss"]) for line in records(directory) if line["kind"] == "eval"]
     return {done: [loss for at, loss in found if at == done] for done, _ in found}
 
 
 def losses(directory: Path) -> list[float]:
-    lines = [json.loads(line) for line in (directory / "metrics" / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["kind"] == "step"]
+    return [line["loss"] for line in records(directory) if line["kind"] == "step"]
+
+
+def events(directory: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in records(directory) if line.get("event") == kind]
 
 
 @contextmanager
@@ -128,6 +135,7 @@ def test_a_run_asked_to_leave_during_an_evaluation_saves_at_once_and_goes_on_wit
         return asked.count(step) == 2
 
     monkeypatch.setattr(run_module.distributed, "preemption_requested", in_the_evaluation)
+    monkeypatch.setenv(GRACE_SECONDS, str(SURVIVOR_WAIT_SECONDS))  # nothing is left for a save
     with pytest.raises(Preempted, match="checkpoint 4 is committed"):
         run(small(tmp_path, eval={"every_steps": 4}))
     assert asked == [1, 2, 3, 4, 4]
@@ -142,6 +150,12 @@ def test_a_run_asked_to_leave_during_an_evaluation_saves_at_once_and_goes_on_wit
     run(small(tmp_path, eval={"every_steps": 4}))
     run(small(tmp_path, eval={"every_steps": 4}))  # complete: nothing is evaluated again
     assert evaluations(tmp_path) == {6: evaluations(evaluated)[6]}
+    took = {event["step"]: event["seconds"] for event in events(tmp_path, COMMITTED)}
+    assert list(took) == [3, 4, 6]
+    assert [(event["step"], event["grace_seconds"], event["needed_seconds"]) for event in events(tmp_path, GRACE_SHORT)] == [
+        (step, SURVIVOR_WAIT_SECONDS, SURVIVOR_WAIT_SECONDS + math.ceil(took[step])) for step in (3, 4, 6)
+    ]
+    assert not events(plain, GRACE_SHORT)
     assert losses(tmp_path) == losses(plain)
     resumed, alone = parameters(tmp_path, 6), parameters(plain, 6)
     for name, value in alone.items():

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -37,6 +37,14 @@ from trainer.errors import CheckpointError, TrainerError
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A step that was committed."""
+
+    step: int
+    seconds: float  # from when it was asked for, as this process saw it
+
+
 class Checkpoints:
     """Directory N of `<run_directory>/checkpoints` holds the state after N completed updates.
 
@@ -53,7 +61,7 @@ class Checkpoints:
         self._verified: set[int] = set()
         self._skipped: dict[int, str] = {}
         self._save: Save | None = None
-        self._news: list[int] = []
+        self._news: list[Saved] = []
         self._may_write = False
         self._warm = False
 
@@ -111,6 +119,7 @@ class Checkpoints:
         self.wait()
         if step in self._verified:
             return
+        asked_at = time.monotonic()
         self._take_possession(step)
         operation, _ = self._operation(f"save-{step}")
         with self._telling(operation, lambda error: save_error(step, self._storage.root, error)):
@@ -118,6 +127,7 @@ class Checkpoints:
             writing = start_writing(f"{self._storage.root}/{step}", items)
         self._save = Save(
             step=step,
+            asked_at=asked_at,
             meta={"step": step, "items": described, "run": meta},
             storage=self._storage,
             peers=self._peers,
@@ -144,10 +154,10 @@ class Checkpoints:
             raise
         if committed:
             self._verified.add(save.step)
-            self._news.append(save.step)
+            self._news.append(Saved(save.step, save.seconds))
             self._save = None
 
-    def newly_committed(self) -> list[int]:
+    def newly_committed(self) -> list[Saved]:
         """Steps this process saw committed since it last asked."""
         news, self._news = self._news, []
         return news

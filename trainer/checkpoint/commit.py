@@ -1,7 +1,7 @@
 """When a step exists: the commit file. No JAX here.
 
 `<run>/checkpoints/<step>/` holds the items `params`, `opt`, `rest` (Orbax), `meta.json` and, written last, by
-process 0 alone, `commit.json`: the name, size and CRC32C of every other file of the step. A step without a
+process 0 alone, `commit.json`: the name, size and CRC32C of every other file of the step, and how long the save took. A step without a
 commit file, or whose files differ from it, does not exist for resume; what is wrong with it is reported.
 Directory N holds the state after N completed updates.
 
@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from trainer.checkpoint.storage import File, Storage, checksum, open_storage
-from trainer.contract import CHECKPOINT_FOLDER
+from trainer.contract import CHECKPOINT_FOLDER, COMMIT_FILE, SAVE_SECONDS
 from trainer.errors import CheckpointError
 
-COMMIT_FILE: Final = "commit.json"
 META_FILE: Final = "meta.json"
 ITEMS: Final = ("params", "opt", "rest", "replicas", "ema")
 """Folders of a step; a run without replicas has no `replicas`."""
@@ -37,6 +36,7 @@ class Damaged(Exception):
 class Commit:
     step: int
     files: Mapping[str, File]  # path inside the step's directory -> size and checksum
+    save_seconds: float | None = None  # from when it was asked for; None where it was not written down
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def committed_steps(run_directory: str) -> list[int]:
 
 def encode(commit: Commit) -> bytes:
     files = {path: {"bytes": file.bytes, "crc32c": file.crc32c} for path, file in sorted(commit.files.items())}
-    body = {"format": FORMAT, "step": commit.step, "files": files}
+    took = {} if commit.save_seconds is None else {SAVE_SECONDS: commit.save_seconds}
+    body = {"format": FORMAT, "step": commit.step, **took, "files": files}
     return json.dumps({**body, "crc32c": checksum(_canonical(body))}, indent=1).encode()
 
 
@@ -78,7 +79,8 @@ def decode(data: bytes) -> Commit:
         if own != checksum(_canonical(document)):
             raise Damaged(f"{COMMIT_FILE} does not match its own checksum")
         files = {path: File(int(entry["bytes"]), entry["crc32c"]) for path, entry in document["files"].items()}
-        return Commit(int(document["step"]), files)
+        took = document.get(SAVE_SECONDS)
+        return Commit(int(document["step"]), files, None if took is None else float(took))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Damaged(f"{COMMIT_FILE} is not readable") from None
 

@@ -25,6 +25,7 @@ class Save:
     """
 
     step: int
+    asked_at: float  # time.monotonic()
     meta: Mapping[str, Any]
     storage: Storage
     peers: Peers
@@ -33,6 +34,7 @@ class Save:
     operation: str  # what the peers call this save
     earlier_operation: str  # the save before this one: over on every process that takes part in this one
     after_commit: Callable[[int], None]  # runs on process 0
+    seconds: float = 0.0  # from then until it was committed, once it is
     _error: TrainerError | None = None
     _thread: threading.Thread = field(init=False)
 
@@ -83,6 +85,7 @@ class Save:
             self.writing.merge()
             self._commit({path: crc32c for part in parts for path, crc32c in json.loads(part).items()})
         self.peers.broadcast(self.operation, "" if self.peers.is_primary else None, deadline=self._deadline)
+        self.seconds = self._seconds_so_far()
         if self.peers.is_primary:
             self.after_commit(self.step)
 
@@ -104,12 +107,15 @@ class Save:
         if missing := known.keys() - files.keys():
             raise CheckpointError(f"{self.storage.root}/{self.step}: {', '.join(sorted(missing))} vanished during the save")
         try:
-            self.storage.write_new(prefix + COMMIT_FILE, encode(Commit(self.step, files)))
+            self.storage.write_new(prefix + COMMIT_FILE, encode(Commit(self.step, files, self._seconds_so_far())))
         except FileExistsError:
             raise CheckpointError(
                 f"{self.storage.root}/{self.step} was committed by somebody else",
                 hint="two attempts share this run directory: end one of them",
             ) from None
+
+    def _seconds_so_far(self) -> float:
+        return round(time.monotonic() - self.asked_at, 3)
 
     def _remaining_seconds(self) -> float:
         return self._deadline - time.monotonic()

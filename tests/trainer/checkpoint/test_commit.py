@@ -7,12 +7,14 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher.observe.saves import Save, last_save
 from tests.trainer.checkpoint.states import abstract, differences, mesh, state
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint.commit import Commit, Damaged, committed_steps, decode, encode, inspect
@@ -54,6 +56,17 @@ def test_commit_files_are_read_without_jax(run: Path) -> None:
     )
     answer = subprocess.run([sys.executable, "-c", program, str(run)], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[10, 20] False []"
+
+
+def test_a_commit_file_tells_how_long_the_save_took_and_one_without_that_counts_all_the_same(run: Path) -> None:
+    storage = open_storage(str(run / "checkpoints"))
+    commit = inspect(storage).commits[20]
+    assert commit.save_seconds is not None and commit.save_seconds > 0
+    assert last_save(str(run)) == Save(20, commit.save_seconds)
+    storage.write("20/commit.json", encode(replace(commit, save_seconds=None)))
+    assert last_save(str(run)) is None
+    assert opened(run).latest_step() == 20
+    assert inspect(storage).commits[20] == replace(commit, save_seconds=None)
 
 
 def test_the_loss_of_any_single_file_hides_the_step_and_names_it(run: Path) -> None:
@@ -187,9 +200,9 @@ names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 file_lists = st.dictionaries(names, st.builds(File, st.integers(0, 2**60), st.binary(max_size=8).map(checksum)))
 
 
-@given(st.integers(0, 2**53), file_lists)
-def test_a_commit_file_says_what_was_put_into_it(step: int, files: dict[str, File]) -> None:
-    assert decode(encode(Commit(step, files))) == Commit(step, files)
+@given(st.integers(0, 2**53), file_lists, st.none() | st.floats(0, 1e9))
+def test_a_commit_file_says_what_was_put_into_it(step: int, files: dict[str, File], took: float | None) -> None:
+    assert decode(encode(Commit(step, files, took))) == Commit(step, files, took)
 
 
 @given(st.binary(max_size=200))
