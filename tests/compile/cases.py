@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -82,6 +83,9 @@ def violations(case: Case, found: Mapping[str, Any], program: str) -> Iterator[s
         yield f"{memory['host']} bytes in the host's memory"
     if 'custom_call_target="tpu_custom_call"' not in program:
         yield "no attention kernel in the program"
+    for kernel in case.get("kernels", ()):
+        if not re.search(rf'custom_call_target="tpu_custom_call".*op_name="[^"]*jit\({kernel}\)', program):
+            yield f"no {kernel} kernel in the program"
     regions = {region["region"]: region["collectives"] for region in found["collectives"]}
     for name, kinds in case.get("expect", GATHERS).items():
         there = {row["kind"] for region, rows in regions.items() if same_direction(region, name) for row in rows}

@@ -203,6 +203,8 @@ RULES = [
      ["train.sharding.rules=[{axis: vocab, mesh: [fsdp], weight: 'embed/*'}]"], "train.sharding.rules.0.weight", "weight-pattern"),
     (TPU, ["train.model.attention_kernel=splash", "train.batch.sequence_length=320"],
      ["train.model.attention_kernel=splash", "train.batch.sequence_length=384"], "train.model.attention_kernel", "kernel"),
+    (TPU, ["train.model.preset=gpt-oss-20b", "train.model.expert_kernel=megablox"],
+     ["train.model.preset=gpt-oss-20b", "train.model.expert_kernel=ragged_dot"], "train.model.expert_kernel", "kernel"),
     (TPU, ["train.mesh.ici={data: 8, context: 2}", "train.batch.sequence_length=256", "train.model.attention_kernel=splash"],
      ["train.mesh.ici={data: 8, context: 2}", "train.batch.sequence_length=256"], "train.model.attention_kernel", "kernel"),
     (TPU, ["train.batch.sequence_length=256", "train.loss.tiles=3"], ["train.batch.sequence_length=256", "train.loss.tiles=2"],

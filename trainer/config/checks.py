@@ -11,6 +11,7 @@ from trainer.config.data import ArrayRecord, Bytes, JsonLines, Parquet, PythonSt
 from trainer.config.diloco import diloco_fits, one_world, worlds_apart, worlds_fit
 from trainer.config.layouts import batch_divides, length_shards, mesh_axes_are_used, model_divides, rules_are_known, weights_are_split
 from trainer.config.mesh import REPLICA_AXES, product
+from trainer.config.mlp import KERNEL_LANES, Moe
 from trainer.config.paths import path_fault
 from trainer.config.pipeline import pipeline_fits
 from trainer.config.problem import Problem
@@ -40,6 +41,7 @@ def check_train(config: TrainConfig, *, slices: int, devices_per_slice: int, pro
         yield from model_divides(config, shape)
         yield from mesh_axes_are_used(config, shape)
         yield from kernel_fits(config, shape)
+        yield from expert_kernel_fits(config)
         yield from tiles_fit(config, shape)
         yield from weights_are_split(config, shape)
         yield from state_is_of_one_run(config)
@@ -86,6 +88,18 @@ def kernel_fits(config: TrainConfig, shape: Mapping[str, int]) -> Iterator[Probl
     if ways > 1 and isinstance(context, Ring) and windows:
         message = f"splash takes no windows in a ring, and the model has one of {min(windows)}"
         yield Problem(path=path, message=message, hint="auto, or sharding.context: {type: gather}", code="kernel", value="splash")
+
+
+def expert_kernel_fits(config: TrainConfig) -> Iterator[Problem]:
+    """Where the megablox kernels are asked for, the matrices of all experts are whole tiles."""
+    if config.model.expert_kernel != "megablox":
+        return
+    hidden = sorted({block.mlp.hidden for block in config.model.patterns if isinstance(block.mlp, Moe)})
+    sizes = [("model.width", config.model.width), *(("hidden of the experts", size) for size in hidden)]
+    if wrong := [f"{name} is {size}" for name, size in sizes if size % KERNEL_LANES]:
+        message = f"megablox takes dims in multiples of {KERNEL_LANES}, and {', '.join(wrong)}"
+        path, hint = "model.expert_kernel", "auto, or ragged_dot"
+        yield Problem(path=path, message=message, hint=hint, code="kernel", value="megablox", limit=KERNEL_LANES)
 
 
 def state_is_of_one_run(config: TrainConfig) -> Iterator[Problem]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Discriminator, Tag, model_validator
 
 from trainer.config.base import Node, NonNegativeFloat, PositiveFloat, PositiveInt, tag_or
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
+ExpertKernel = Literal["auto", "ragged_dot", "megablox"]
+
+KERNEL_LANES: Final = 128
+"""What the megablox kernels take dims of an expert's matrices in multiples of: lanes of a TPU."""
 
 
 class Clamp(Node):

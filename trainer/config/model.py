@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from trainer.config.attention import Attention, LatentAttention, LinearScaling, Llama3Scaling, Norm, Rope, YarnScaling
 from trainer.config.base import Node, PositiveFloat, PositiveInt, tag_or
-from trainer.config.mlp import BiasBalancing, Capacity, Clamp, DenseDispatch, Dropless, GatedMlp, Groups, Moe, Router
+from trainer.config.mlp import BiasBalancing, Capacity, Clamp, DenseDispatch, Dropless, ExpertKernel, GatedMlp, Groups, Moe, Router
 from trainer.config.presets import expand_preset
 from trainer.config.remat import Remat, RematPolicy, RematTensors
 
@@ -74,6 +74,9 @@ class Model(Node):
     attention_kernel: AttentionKernel = "auto"
     """`splash`: the Pallas kernel for TPUs, which keeps scores on the chip; on other devices it is interpreted, slowly.
     `plain`: matrix products and a softmax. `auto`: splash on TPUs where the sequence length is a multiple of 128."""
+    expert_kernel: ExpertKernel = "auto"
+    """The products of dropless experts. `megablox`: Pallas kernels for TPUs; on other devices they are interpreted, slowly.
+    `ragged_dot`: XLA's own. `auto`: megablox on TPUs where the dims of an expert's matrices on a device are multiples of 128."""
     layers: Literal["scan", "unroll"] = "scan"
     remat: Remat = "full"
     """What the backward pass keeps of a block: nothing (`full`), results of products with weights (`minimal`), all matmul
@@ -107,7 +110,7 @@ class Model(Node):
 
 
 __all__ = [
-    "Attention", "AttentionKernel", "BiasBalancing", "Block", "Capacity", "Clamp", "DenseDispatch", "Dropless", "Dtype", "GatedMlp",
-    "Groups", "LatentAttention", "LinearScaling", "Llama3Scaling", "Model", "Moe", "MultiToken", "Norm", "Remat",
+    "Attention", "AttentionKernel", "BiasBalancing", "Block", "Capacity", "Clamp", "DenseDispatch", "Dropless", "Dtype", "ExpertKernel",
+    "GatedMlp", "Groups", "LatentAttention", "LinearScaling", "Llama3Scaling", "Model", "Moe", "MultiToken", "Norm", "Remat",
     "RematPolicy", "RematTensors", "Rope", "Router", "Segment", "YarnScaling",
 ]  # fmt: skip

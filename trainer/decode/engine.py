@@ -141,7 +141,7 @@ class Engine:
             model = self._merged(params)
             positions_1T = jnp.arange(tokens_1T.shape[1], dtype=jnp.int32)[None]
             segments_1T = (positions_1T < count[:, None]).astype(jnp.int32)
-            context = make_context(self._blocks(), positions_1T, segments_1T, remember=True)
+            context = make_context(self._blocks(), positions_1T, segments_1T, remember=True, expert_kernel=self.model.expert_kernel)
             x_1TD, products = model.forward(tokens_1T, context)
             last_11D = jax.lax.dynamic_slice_in_dim(x_1TD, count[0] - 1, 1, axis=1)
             logits_1V = constrain(model.logits(last_11D, jnp.ones((1, 1), jnp.int32))[:, 0], (None, None))
@@ -182,7 +182,10 @@ class Engine:
         positions_BT = count_B[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
         segments_BT = jnp.broadcast_to(busy_B.astype(jnp.int32)[:, None], positions_BT.shape)
         masks = cache.past_masks(self._windows, positions_BT, count_B, length=self.max_length, further=self.further)
-        return make_context(self._blocks(), positions_BT, segments_BT, past_masks=masks, remember=True)
+        return make_context(
+            self._blocks(), positions_BT, segments_BT,
+            past_masks=masks, remember=True, expert_kernel=self.model.expert_kernel,
+        )  # fmt: skip
 
     def _blocks(self) -> list[Any]:
         return [block for segment in self.model.segments for block in segment.pattern]

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from trainer.config.context import KEY_AXES, QUERY_AXES
 from trainer.config.model import Attention as AttentionSpec
-from trainer.config.model import AttentionKernel, Block, Rope
+from trainer.config.model import AttentionKernel, Block, ExpertKernel, Rope
 from trainer.config.model import LatentAttention as LatentSpec
 from trainer.model.attend import Seen, attend, attention_mask
 from trainer.model.dropout import Dropout, Site
@@ -48,6 +48,7 @@ class Context:
     segments: jax.Array | None = None
     """int32 [B, T], 0 in padding: what the splash kernel makes its mask of."""
     kernel: AttentionKernel = "plain"
+    expert_kernel: ExpertKernel = "auto"
     positions: jax.Array | None = None
     """int32 [B, T], each token's place in its document."""
     dropout: Dropout | None = None
@@ -92,17 +93,18 @@ def make_context(
     past_masks: Mapping[int | None, jax.Array] | None = None,
     remember: bool = False,
     kernel: AttentionKernel = "plain",
+    expert_kernel: ExpertKernel = "auto",
 ) -> Context:
     """The masks and rotary tables `blocks` need.
 
     positions int32: place of a token in its document; segments int32: document number within the row, 0 = padding.
-    past_masks, remember, kernel: as the fields of Context.
+    past_masks, remember, kernel, expert_kernel: as the fields of Context.
     """
     specs, rows = [block.attention for block in blocks], (positions_BT, segments_BT)
     masks = {window: attention_mask(rows, rows, window) for window in dict.fromkeys(spec.window for spec in specs)}
     keys = dict.fromkeys((spec.rope, spec.rotary_dim) for spec in specs)
     tables = {(rope, rotated): rope_table(positions_BT, rope, rotated) for rope, rotated in keys}
-    return Context(segments_BT != 0, masks, tables, past_masks or {}, remember, segments_BT, kernel, positions_BT)
+    return Context(segments_BT != 0, masks, tables, past_masks or {}, remember, segments_BT, kernel, expert_kernel, positions_BT)
 
 
 def named_query_key_value(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trainer.config.model import Capacity, DenseDispatch, Dropless, GatedMlp, Moe
+from trainer.config.model import Capacity, DenseDispatch, Dropless, ExpertKernel, GatedMlp, Moe
 from trainer.model.grouped import grouped_product
 from trainer.model.layers import Mlp, Params, add_bias, einsum_float32, gated, select, under
 from trainer.model.routing import Routing, chosen_experts, load_balance_sum, route, z_loss_sum
@@ -35,11 +35,13 @@ class MixtureOfExperts(nnx.Module):
         self.experts = nnx.Dict(under(params, "experts"))
         self.shared = _shared(spec, under(params, "shared"))
 
-    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, *, dropless: bool = False) -> tuple[jax.Array, dict[str, Any]]:
+    def __call__(
+        self, x_BTD: jax.Array, valid_BT: jax.Array, *, dropless: bool = False, kernel: ExpertKernel = "auto"
+    ) -> tuple[jax.Array, dict[str, Any]]:
         """The mixture's output and, as by-products, float32 sums over tokens that are not padding: `load_balance` and
         `router_z_loss` (scalars, not weighted), `load` [E] (choices that fell on each expert) and `dropped` (choices without room).
 
-        dropless: no choice is dropped, whatever the spec says.
+        dropless: no choice is dropped, whatever the spec says. kernel: of the products of dropless experts.
         """
         routing = self.route(x_BTD)
         taken_BTE = chosen_experts(routing.experts, self.spec.experts, valid_BT)
@@ -50,7 +52,7 @@ class MixtureOfExperts(nnx.Module):
             case DenseDispatch():
                 y_BTD, dropped = dense(x_BTD, routing, valid_BT, experts, self.spec), jnp.zeros(())
             case Dropless() | Capacity():
-                y_BTD, dropped = sparse(x_BTD, routing, valid_BT, self.experts, self.spec), jnp.zeros(())
+                y_BTD, dropped = sparse(x_BTD, routing, valid_BT, self.experts, self.spec, kernel), jnp.zeros(())
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD)
         return y_BTD, {
@@ -90,7 +92,14 @@ def dense(x_BTD: jax.Array, routing: Routing, valid_BT: jax.Array, experts: Arra
     return einsum_float32("BTED,BTE->BTD", out_BTED, combine_BTE.astype(out_BTED.dtype)).astype(x_BTD.dtype)
 
 
-def sparse(x_BTD: jax.Array, routing: Routing, valid_BT: jax.Array, experts: Mapping[str, nnx.Param], spec: Moe) -> jax.Array:
+def sparse(
+    x_BTD: jax.Array,
+    routing: Routing,
+    valid_BT: jax.Array,
+    experts: Mapping[str, nnx.Param],
+    spec: Moe,
+    kernel: ExpertKernel = "auto",
+) -> jax.Array:
     """Every choice is computed once, by the devices that hold its expert (`trainer.parallel.experts`). Returns [B, T, D].
 
     Padding chooses no expert.
@@ -101,7 +110,7 @@ def sparse(x_BTD: jax.Array, routing: Routing, valid_BT: jax.Array, experts: Map
     def combine(out_BTKD: jax.Array, weights_BTK: jax.Array) -> jax.Array:
         return einsum_float32("BTKD,BTK->BTD", out_BTKD, weights_BTK.astype(out_BTKD.dtype)).astype(x_BTD.dtype)
 
-    expert = Expert(partial(grouped_mlp, spec=spec), combine)
+    expert = Expert(partial(grouped_mlp, spec=spec, kernel=kernel), combine)
     layout = current_layout()
     if layout is None or layout.mesh.size == 1:
         return mix(x_BTD, choices, arrays, expert)
@@ -141,14 +150,16 @@ def with_capacity(
     return y_BTD, jnp.sum(hot_BTKE) - jnp.sum(kept_BTKE)
 
 
-def grouped_mlp(rows_MD: jax.Array, expert_M: jax.Array, sizes_E: jax.Array, experts: Arrays, spec: Moe) -> jax.Array:
+def grouped_mlp(
+    rows_MD: jax.Array, expert_M: jax.Array, sizes_E: jax.Array, experts: Arrays, spec: Moe, kernel: ExpertKernel = "auto"
+) -> jax.Array:
     """The MLP of each row's expert: rows sorted by expert, `sizes_E` of each; what follows them belongs to none and gives zeros."""
     mine_M1 = (jnp.arange(rows_MD.shape[0]) < jnp.sum(sizes_E))[:, None]
     rows_MD = jnp.where(mine_M1, rows_MD, 0)
     expert_M = jnp.minimum(expert_M, sizes_E.shape[0] - 1)
 
     def project(rows: jax.Array, name: str) -> jax.Array:
-        out = grouped_product(rows, experts[name], sizes_E.astype(jnp.int32))
+        out = grouped_product(rows, experts[name], sizes_E.astype(jnp.int32), kernel)
         bias = experts.get(f"{name}_bias")
         return out if bias is None else out + bias[expert_M].astype(out.dtype)
 

@@ -55,7 +55,8 @@ def run_stages(
 
     def stage(arrays: list[jax.Array], use: Use, x_bTD: jax.Array, rows: Rows) -> tuple[jax.Array, list[Any]]:
         # Made here, of the microbatch's own rows: for the whole batch they would be held by every stage.
-        context = make_context(list(segment.pattern), rows["positions"], rows["segments"], kernel=model.attention_kernel)
+        pattern, kernel = list(segment.pattern), model.attention_kernel
+        context = make_context(pattern, rows["positions"], rows["segments"], kernel=kernel, expert_kernel=model.expert_kernel)
         if dropout is not None:
             context = replace(context, dropout=replace(dropout, noise=rows["noise"]))
         if model.layers == "scan" and plan.patterns_per_stage > 1:

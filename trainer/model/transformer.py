@@ -60,7 +60,7 @@ class Block(nnx.Module):
         if isinstance(self.mlp, Mlp):
             return self.mlp(x_BTD), {}
         # A step of decoding sees a part of the sequence: what another part leaves no room for must not depend on it.
-        y_BTD, routed = self.mlp(x_BTD, context.valid, dropless=context.remember)
+        y_BTD, routed = self.mlp(x_BTD, context.valid, dropless=context.remember, kernel=context.expert_kernel)
         return checkpoint_name(y_BTD, "mlp_down"), {} if context.remember else {"moe": routed}
 
 
@@ -133,7 +133,8 @@ class Transformer(nnx.Module):
         return self.forward(tokens_BT, self.context(positions_BT, segments_BT))[0]
 
     def context(self, positions_BT: jax.Array, segments_BT: jax.Array) -> Context:
-        return make_context(self.spec.patterns, positions_BT, segments_BT, kernel=self.spec.attention_kernel)
+        spec = self.spec
+        return make_context(spec.patterns, positions_BT, segments_BT, kernel=spec.attention_kernel, expert_kernel=spec.expert_kernel)
 
     def forward(self, tokens_BT: jax.Array, context: Context, past: list[Any] | None = None) -> tuple[jax.Array, list[Any]]:
         """What `hidden` returns, and the by-products of every segment's blocks.

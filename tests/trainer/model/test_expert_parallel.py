@@ -111,3 +111,36 @@ def ragged_all_to_all(rows: list[np.ndarray], routes: list[Route], room: int) ->
             out[target][land : land + count] = rows[source][begin : begin + count]
             assert int(routes[target].arrives[source]) == count
     return out
+
+
+@pytest.mark.full
+def test_by_the_kernels_a_mesh_gives_what_it_gives_without_them() -> None:
+    """Experts over devices, interpreted: the kernels get the rows that arrive, and room that nobody uses."""
+    spec = spec_of(experts=4, experts_per_token=2, hidden=128)
+    run = config("mesh.ici.expert=2", "mesh.ici.fsdp=2", "model.width=128", "model.expert_kernel=megablox")
+    where = layout(run, 4)
+    random = np.random.default_rng(2)
+    sizes = {"router/kernel": (128, 4), "experts/gate": (4, 128, 128), "experts/up": (4, 128, 128), "experts/down": (4, 128, 128)}
+    params = {path: jnp.asarray(random.normal(size=shape) / 8, jnp.float32) for path, shape in sizes.items()}
+    x, valid = jnp.asarray(random.normal(size=(B, T, 128)), jnp.float32), jnp.asarray(random.random((B, T)) < 0.8)
+
+    def value(kernel: Any, params: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        axes = {
+            "router": ("embed", "router"),
+            "gate": ("expert", "embed", "mlp"),
+            "up": ("expert", "embed", "mlp"),
+            "down": ("expert", "mlp", "embed"),
+        }
+        held = {path: nnx.Param(array, axes=axes.get(path.split("/")[1], axes["router"]), path=path) for path, array in params.items()}
+        with jax.default_matmul_precision("highest"):
+            y, _ = MixtureOfExperts(spec, held)(x, valid, kernel=kernel)
+        return jnp.sum(jnp.where(valid[..., None], y, 0) ** 2), y
+
+    with use_layout(where):
+        step = jax.jit(jax.value_and_grad(value, argnums=1, has_aux=True), static_argnums=0)
+        (_, plain), wanted = step("ragged_dot", params)
+        (_, y), found = step("megablox", params)
+        assert "pallas_call" in str(jax.make_jaxpr(lambda params: value("megablox", params))(params))
+    np.testing.assert_allclose(np.asarray(y)[valid], np.asarray(plain)[valid], rtol=1e-5, atol=1e-5)
+    for path, gradient in wanted.items():
+        np.testing.assert_allclose(found[path], gradient, rtol=1e-5, atol=1e-5 * max(1.0, float(np.abs(gradient).max())), err_msg=path)
