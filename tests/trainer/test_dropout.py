@@ -66,7 +66,8 @@ def reference() -> list[float]:
     return losses()
 
 
-@pytest.mark.parametrize("how", [pytest.param(how, marks=pytest.mark.full) if how.startswith("unrolled") else how for how in SPREAD])
+@pytest.mark.full
+@pytest.mark.parametrize("how", SPREAD)
 def test_the_losses_do_not_depend_on_mesh_accumulation_layer_form_remat_or_stages(how: str, reference: list[float]) -> None:
     np.testing.assert_allclose(losses(*SPREAD[how]), reference, rtol=1e-5)
 
