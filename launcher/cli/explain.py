@@ -69,16 +69,19 @@ def _print(section: dict[str, Any], title: str, indent: str) -> None:
             print(f"{indent}{_words(key)}")
             _print(cast("dict[str, Any]", value), key, indent + "  ")
         else:
-            print(f"{indent}{_words(key):{width}}  {_shown(value, in_bytes=title in _BYTES or key in _BYTES)}".rstrip())
+            print(f"{indent}{_words(key):{width}}  {_shown(value, key, in_bytes=title in _BYTES or key in _BYTES)}".rstrip())
 
 
 def _words(key: str) -> str:
     return key if "/" in key or "(" in key else key.replace("_", " ")
 
 
-def _shown(value: Any, *, in_bytes: bool) -> str:
+def _shown(value: Any, key: str, *, in_bytes: bool) -> str:
     if isinstance(value, list):
         return "; ".join(map(str, cast("list[Any]", value)))
+    if key == "flops_per_step":
+        power = min(max(len(str(int(value))) - 1, 0) // 3, 6)
+        return f"{value / 1000**power:.4g} {' kMGTPE'[power].strip()}FLOP"
     if isinstance(value, int) and not isinstance(value, bool):
         return in_units(value) if in_bytes else f"{value:,}"
     return "-" if value is None else str(value)
