@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -87,14 +89,19 @@ CASES: Final[dict[str, dict[str, Any]]] = {
                                   "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
 }  # fmt: skip
 PROMPT, STEPS = 8, 10
+MODULES: Final = "deepseek-v3-modules"
+"""A DeepSeek-V3 with two modules of multi-token prediction, as published: layers behind the last."""
 
 
 def main() -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     folder, *names = sys.argv[1:]
-    for name in names or CASES:
-        generate(Path(folder) / name, CASES[name])
+    for name in names or (*CASES, MODULES):
+        if name == MODULES:
+            generate_modules(Path(folder) / name, 2)
+        else:
+            generate(Path(folder) / name, CASES[name])
         print(name, flush=True)
 
 
@@ -123,6 +130,59 @@ def generate(folder: Path, case: dict[str, Any]) -> None:
     counted = (random.random((STEPS, 4, 32)) < 0.9).astype(np.float32)
     losses, norms = trajectory(model, rows, counted)
     np.savez_compressed(folder / "trajectory.npz", ids=rows.astype(np.int32), weights=counted, loss=losses, grad_norm=norms)
+
+
+def generate_modules(folder: Path, modules: int) -> None:
+    """The checkpoint, and the modules' logits by the formula vLLM and SGLang run: `eh_proj(cat([enorm(token), hnorm(hidden)]))`, a
+    layer, the module's norm, the model's head. `hidden` is what the model, or the module before, gives its head."""
+    fields = {**TINY, **DEEPSEEK, "vocab_size": 24, "n_shared_experts": 1}
+    del fields["head_dim"]
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(**fields)
+    kinds = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **kinds).eval()
+    longer: Any = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**{**fields, "num_hidden_layers": TINY["num_hidden_layers"] + modules}), dtype=torch.float32, **kinds
+    ).eval()
+    width, tensors = config.hidden_size, dict[str, torch.Tensor]()
+    ids = torch.tensor(np.random.default_rng(7).integers(3, config.vocab_size, (2, 16)))
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers(), *longer.named_parameters(), *longer.named_buffers()]:
+            if (tensor.ndim == 1 and "inv_freq" not in name) or name.endswith("_bias"):
+                tensor += 0.2 * torch.randn_like(tensor)
+        hidden, arrays = model.model(input_ids=ids, use_cache=False).last_hidden_state, dict[str, Any]()
+        for k in range(1, modules + 1):
+            layer = longer.model.layers[TINY["num_hidden_layers"] + k - 1]
+            norms = {name: type(longer.model.norm)(width, eps=config.rms_norm_eps) for name in ("enorm", "hnorm", "shared_head.norm")}
+            for norm in norms.values():
+                norm.weight += 0.2 * torch.randn(width)
+            project = torch.nn.Linear(2 * width, width, bias=False)
+            token = model.model.embed_tokens(ids[:, k:])
+            x = project(torch.cat([norms["enorm"](token), norms["hnorm"](hidden[:, : ids.shape[1] - k])], dim=-1))
+            positions = torch.arange(x.shape[1])[None]
+            mask = torch.full((x.shape[1], x.shape[1]), torch.finfo(torch.float32).min).triu(1)[None, None]
+            x = layer(x, attention_mask=mask, position_ids=positions, position_embeddings=model.model.rotary_emb(x, positions))
+            hidden = norms["shared_head.norm"](x)
+            arrays[f"module_{k}"] = model.lm_head(hidden).numpy()
+            own = {**{f"{name}.weight": norm.weight for name, norm in norms.items()}, "eh_proj.weight": project.weight,
+                   "embed_tokens.weight": model.model.embed_tokens.weight, "shared_head.head.weight": model.lm_head.weight}  # fmt: skip
+            prefix = f"model.layers.{TINY['num_hidden_layers'] + k - 1}."
+            tensors |= {prefix + name: value.detach() for name, value in own.items()}
+            tensors |= {name: value for name, value in _published(longer).items() if name.startswith(prefix)}
+        arrays["logits"] = model(input_ids=ids, use_cache=False).logits.numpy()
+    model.save_pretrained(folder)
+    save_file({name: value.clone() for name, value in (_published(model) | tensors).items()}, folder / "model.safetensors")
+    written = json.loads((folder / "config.json").read_text())
+    written.pop("num_mtp_layers", None)
+    (folder / "config.json").write_text(json.dumps({**written, "num_nextn_predict_layers": modules}, indent=2) + "\n")
+    np.savez_compressed(folder / "reference.npz", input_ids=ids.numpy(), **arrays)
+
+
+def _published(model: Any) -> dict[str, torch.Tensor]:
+    """Tensors under the names of the published files, as `save_pretrained` writes them."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
 
 
 def reference(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, Any]:

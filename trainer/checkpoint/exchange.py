@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -30,16 +30,17 @@ class Source:
 
     name: str
     shape: tuple[int, ...]  # theirs, of the whole tensor
-    place: tuple[int, ...]  # in our leading dims: repeat and expert, where theirs is not stacked
+    repeat: int | None  # ours, where theirs is not stacked; None: a weight outside of the segments
     ours: tuple[int, ...]  # of what is there
+    expert: int | None = None  # ours, where theirs is of one expert
     inputs: int = 0  # leading dims of ours that are their trailing dim; 0 where the order is the same
-    offset: int = 0
-    step: int = 1  # of their last dim, every `step`-th entry from `offset`
+    columns: slice = slice(None)  # of their last dim
     within: tuple[int, ...] = ()  # in their leading dims
 
     @property
-    def repeat(self) -> int | None:
-        return self.place[0] if self.place else None
+    def place(self) -> tuple[int, ...]:
+        """In the dims of one repeat of ours."""
+        return () if self.expert is None else (self.expert,)
 
     @property
     def rows_dim(self) -> int:
@@ -49,7 +50,7 @@ class Source:
     def read(self, folder: SafetensorsFolder, first: int, last: int) -> np.ndarray:
         """Ours, only `first` up to `last` of its rows dim."""
         per_row = self.shape[len(self.within)] // self.ours[self.rows_dim]
-        piece = folder.read(self.name, first * per_row, last * per_row, self.within)[..., self.offset :: self.step]
+        piece = folder.read(self.name, first * per_row, last * per_row, self.within)[..., self.columns]
         piece = piece.reshape(last - first, *self.ours[self.inputs + 1 :], *self.ours[: self.inputs])
         outputs = range(piece.ndim - self.inputs)
         return piece.transpose(*range(len(outputs), piece.ndim), *outputs)
@@ -58,7 +59,8 @@ class Source:
         """Put ours into their tensor `out`, of `within` on."""
         if self.inputs:
             values = values.reshape(math.prod(self.ours[: self.inputs]), -1).T
-        out[..., self.offset :: self.step] = values.reshape(*out.shape[:-1], out.shape[-1] // self.step)
+        theirs = out[..., self.columns]
+        theirs[...] = values.reshape(theirs.shape)
 
 
 Table = Mapping[str, tuple[Source, ...]]
@@ -103,8 +105,7 @@ def layer_reader(files: SafetensorsFolder, table: Table) -> ReadLayer:
 
     def read(path: str, repeat: int | None) -> np.ndarray:
         found = [source.read(files, 0, source.ours[source.rows_dim]) for source in groups[path, repeat]]
-        by_expert = len(groups[path, repeat][0].place) > 1
-        return np.stack(found) if by_expert else found[0]
+        return found[0] if groups[path, repeat][0].expert is None else np.stack(found)
 
     return read
 
@@ -133,7 +134,7 @@ def tensors_written(table: Table, read: ReadLayer) -> tuple[dict[str, tuple[int,
             needed = {(path, source.repeat) for path, source in here}
             out: np.ndarray | None = None
             for path, source in here:
-                values = layer(path, source.repeat, needed)[source.place[1:]]
+                values = layer(path, source.repeat, needed)[source.place]
                 out = np.empty(source.shape[len(within) :], values.dtype) if out is None else out
                 source.write(values, out)
             assert out is not None
@@ -186,9 +187,9 @@ def _load(files: SafetensorsFolder, group: tuple[Source, ...], held: Holding, le
     for source in group:
         if (index := held.index(source.repeat)) is None:
             continue
-        source = replace(source, place=(*index, *source.place[1:]))
-        depth = len(source.place)
-        wanted = [key for key in keys if all(start <= at < stop for (start, stop), at in zip(key, source.place, strict=False))]
+        whole = (*index, *source.place)
+        depth = len(whole)
+        wanted = [key for key in keys if all(start <= at < stop for (start, stop), at in zip(key, whole, strict=False))]
         if not wanted:
             continue
         rows = depth + source.rows_dim
@@ -197,7 +198,7 @@ def _load(files: SafetensorsFolder, group: tuple[Source, ...], held: Holding, le
         for key in wanted:
             shift = [first if dim == source.rows_dim else 0 for dim in range(values.ndim)]
             cut = tuple(slice(start - by, stop - by) for (start, stop), by in zip(key[depth:], shift, strict=True))
-            place = tuple(at - start for at, (start, _) in zip(source.place, key, strict=False))
+            place = tuple(at - start for at, (start, _) in zip(whole, key, strict=False))
             parts[key][place] = values[cut]
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: parts[_key(index or (), leaf.shape)])
 

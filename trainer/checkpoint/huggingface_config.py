@@ -150,6 +150,7 @@ def _config(model: Model, family: Family, *, dtype: str, max_positions: int) -> 
         **family.fields,
         **caps,
         **blocks,
+        **{key: model.depth for key in family.modules_keys[:1]},
     }
 
 

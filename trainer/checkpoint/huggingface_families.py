@@ -87,6 +87,8 @@ class Family:
     gelu_is_tanh: bool = False
     """`gelu` in an old config.json means its tanh approximation."""
     experts: Experts | None = None
+    modules_keys: tuple[str, ...] = ()
+    """How many modules of multi-token prediction lie behind the last layer: the first that is there; the first is written."""
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What transformers assumes for a key that config.json does not have."""
     fixed: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -285,6 +287,7 @@ FAMILIES: Final = (
             balance=True,
             shared_key="n_shared_experts",
         ),
+        modules_keys=("num_nextn_predict_layers", "num_mtp_layers"),
         defaults={
             "rms_norm_eps": 1e-6, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
             "v_head_dim": 128, "rope_interleave": True, "n_routed_experts": 256, "num_experts_per_tok": 8,
@@ -292,7 +295,7 @@ FAMILIES: Final = (
             "routed_scaling_factor": 2.5, "first_k_dense_replace": 3,
         },
         fixed={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
-        fields={**_FIELDS, "pretraining_tp": 1, "num_nextn_predict_layers": 0},
+        fields={**_FIELDS, "pretraining_tp": 1},
     ),
 )  # fmt: skip
 """The order export tries them in; the first that can express a model is taken."""

@@ -17,6 +17,17 @@ class Stored(NamedTuple):
     offset: int = 0
     step: int = 1
     """Of their last dim it is every `step`-th entry from `offset`."""
+    half: int | None = None
+    """Of their last dim it is the first half (0) or the second (1)."""
+
+    def columns(self, entries: int) -> slice:
+        """Of their last dim, of which our weight is so many entries."""
+        return slice(self.offset, None, self.step) if self.half is None else slice(self.half * entries, (self.half + 1) * entries)
+
+    @property
+    def share(self) -> int:
+        """Our weights that lie in one of their tensors."""
+        return self.step if self.half is None else 2
 
 
 Names = Mapping[str, Stored]
@@ -38,6 +49,18 @@ IGNORED_SUFFIXES: Final = (".rotary_emb.inv_freq",)
 LANGUAGE_PREFIXES: Final[Mapping[str, str]] = MappingProxyType({"language_model.": "", "model.language_model.": "model."})
 """What names of the language model begin with in a model that also sees images, as versions of transformers write them."""
 IMAGE_PREFIXES: Final = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+
+MODULE: Final[Names] = MappingProxyType({
+    "token_norm/scale": Stored("enorm.weight"),
+    "hidden_norm/scale": Stored("hnorm.weight"),
+    "from_token": Stored("eh_proj.weight", half=0),
+    "from_hidden": Stored("eh_proj.weight", half=1),
+    "final_norm/scale": Stored("shared_head.norm.weight"),
+})  # fmt: skip
+"""Of a module of multi-token prediction beside its block, as DeepSeek-V3 is published: one more layer behind the last. One matrix
+projects the embedded token and the hidden state behind one another (vLLM and SGLang: `eh_proj(cat([enorm(token), hnorm(hidden)]))`)."""
+MODULE_COPIES: Final[Mapping[str, str]] = MappingProxyType({"embed/table": "embed_tokens.weight", "head/kernel": "shared_head.head.weight"})
+"""What the module holds a second time, by our path of it in the model."""
 
 _ATTENTION: Final = {
     "attention/query": "self_attn.q_proj.weight",

@@ -95,11 +95,11 @@ def sources(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> Table:
 
 def _sources(weight: Weight, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Source]:
     if not weight.layer_dims:
-        yield Source(weight.path, weight.shape, (), weight.shape)
+        yield Source(weight.path, weight.shape, None, weight.shape)
         return
     one_by_one = join_repeat(weight.path, 0) in shapes
     for repeat in range(weight.shape[0]):
         if one_by_one:
-            yield Source(join_repeat(weight.path, repeat), weight.layer_shape, (repeat,), weight.layer_shape)
+            yield Source(join_repeat(weight.path, repeat), weight.layer_shape, repeat, weight.layer_shape)
         else:
-            yield Source(weight.path, weight.shape, (repeat,), weight.layer_shape, within=(repeat,))
+            yield Source(weight.path, weight.shape, repeat, weight.layer_shape, within=(repeat,))

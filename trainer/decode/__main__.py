@@ -63,7 +63,7 @@ def _generate(options: argparse.Namespace) -> None:
     texts = [*options.prompt, *_lines(options.prompts)]
     if not texts:
         raise DataError("there is no prompt", hint="give --prompt TEXT, or --prompts FILE with one on each line")
-    source = open_source(options.source, step=options.step, weights=options.weights)
+    source = open_source(options.source, step=options.step, weights=options.weights, drafts=options.draft)
     named = chosen_tokenizer(options.tokenizer) if options.tokenizer else source.tokenizer
     if named is None:
         raise DataError(f"{options.source} has no tokenizer", hint="give --tokenizer: a tokenizer.json, a SentencePiece .model, or `bytes`")

@@ -13,7 +13,7 @@ from etils import epath
 
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint.commit import checkpoint_directory
-from trainer.checkpoint.huggingface import load_huggingface
+from trainer.checkpoint.huggingface import load_huggingface, modules_of, open_huggingface
 from trainer.checkpoint.huggingface_config import model_from_huggingface
 from trainer.checkpoint.huggingface_families import text_config
 from trainer.checkpoint.parameters import PARAMETERS_FILE, is_parameters, load_parameters, stored_model
@@ -21,7 +21,7 @@ from trainer.config import TrainConfig, validate
 from trainer.config.data import Bytes, HuggingFaceTokenizer, SentencePiece
 from trainer.config.data import Tokenizer as TokenizerConfig
 from trainer.config.mlp import Dropless, Moe
-from trainer.config.model import Model
+from trainer.config.model import Model, MultiToken
 from trainer.config.run import Checkpoint
 from trainer.config.weights import Weight, weights
 from trainer.errors import CheckpointError
@@ -47,9 +47,10 @@ class Source:
     """Tokens of a sequence it was trained on, where that is known."""
 
 
-def open_source(path: str, *, step: int | None = None, weights: Kind = "trained") -> Source:
+def open_source(path: str, *, step: int | None = None, weights: Kind = "trained", drafts: bool = False) -> Source:
     """A folder with a config.json is a Hugging Face folder, one with a parameters.json a parameter-only checkpoint, any other a
     run directory; `step` is one of its committed steps, `weights` its parameters or the average it keeps of them.
+    drafts: of a Hugging Face folder also the modules of multi-token prediction that it has.
 
     Raises CheckpointError where it is none of them, or the step is missing or damaged.
     """
@@ -63,7 +64,7 @@ def open_source(path: str, *, step: int | None = None, weights: Kind = "trained"
     if (epath.Path(path) / "config.json").exists():
         if step is not None:
             raise CheckpointError(f"{path} is a Hugging Face folder and has no steps", hint="leave out --step")
-        return _huggingface(path)
+        return _huggingface(path, drafts=drafts)
     return _run(path, step, ITEMS[weights])
 
 
@@ -108,11 +109,15 @@ def _run(directory: str, step: int | None, item: str) -> Source:
     return Source(described, config.model, config.data.tokenizer, (), read, config.batch.sequence_length)
 
 
-def _huggingface(folder: str) -> Source:
+def _huggingface(folder: str, *, drafts: bool) -> Source:
     config = text_config(_json(folder, "config.json"))
     ends = {**config, **_json(folder, "generation_config.json")}.get("eos_token_id")
     dtype = config.get("dtype") or config.get("torch_dtype")
     model = model_from_huggingface(config).model_copy(update={"compute_dtype": "bfloat16" if dtype == "bfloat16" else "float32"})
+    if drafts:
+        with open_huggingface(folder) as files:
+            depth = modules_of(files)
+        model = model.model_copy(update={"multi_token": MultiToken(depth=depth) if depth else None})
     longest = config.get("max_position_embeddings")
     return Source(
         folder,

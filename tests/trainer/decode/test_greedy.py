@@ -22,7 +22,7 @@ PROMPT = 8
 FAMILIES = [
     pytest.param(folder.name, marks=() if folder.name in ("deepseek-v3", "gemma3", "gpt-oss", "llama3") else pytest.mark.full)
     for folder in sorted(ORACLE.iterdir())
-    if (folder / "config.json").exists()
+    if (folder / "trajectory.npz").exists()
 ]
 
 

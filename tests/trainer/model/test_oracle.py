@@ -7,7 +7,7 @@ import pytest
 from tests.oracle.compare import BARS, distance
 from tests.trainer.model.models import ORACLE
 
-FAMILIES = sorted(folder.name for folder in ORACLE.iterdir() if (folder / "config.json").exists())
+FAMILIES = sorted(folder.name for folder in ORACLE.iterdir() if (folder / "trajectory.npz").exists())
 RARE = {"gemma", "gemma2", "mistral", "mixtral", "qwen2-windows"}
 """Only in the long run: each has a near relation among the others."""
 
