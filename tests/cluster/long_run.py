@@ -8,8 +8,7 @@ import threading
 
 from launcher.backend.kubernetes import KubernetesBackend
 from launcher.observe.report import Report, report
-
-PATIENCE_SECONDS = 300
+from tests.cluster.tools import PATIENCE_SECONDS
 
 
 class Run:

@@ -37,7 +37,7 @@ def kubelet_away() -> Generator[None]:
     try:
         yield
     finally:
-        subprocess.run([f"{os.environ['CLUSTER_HOME']}/up.sh"], stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=180)
+        subprocess.run([f"{os.environ['CLUSTER_HOME']}/up.sh"], stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=600)
 
 
 def _kubelet() -> int:

@@ -15,10 +15,9 @@ from launcher.backend.kubernetes import KubernetesBackend
 from launcher.backend.scene import Scene
 from launcher.errors import NotFound
 from tests.cluster.situations import SITUATIONS, Situation, Step
-from tests.cluster.tools import kubectl
+from tests.cluster.tools import PATIENCE_SECONDS, kubectl
 
 TARGET = Path(__file__).parents[1] / "launcher" / "situations"
-PATIENCE_SECONDS = 120
 LOOK_SECONDS = 0.5
 
 

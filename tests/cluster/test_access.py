@@ -13,7 +13,7 @@ import yaml
 from launcher.backend import JobState
 from launcher.backend.kubernetes import KubernetesBackend
 from tests.cluster.test_queue import queue
-from tests.cluster.tools import cheap_job, document, kubectl, nnxlaunch
+from tests.cluster.tools import PATIENCE_SECONDS, cheap_job, document, kubectl, nnxlaunch
 
 __all__ = ["queue"]
 ROLE = Path(__file__).parents[2] / "k8s" / "cluster" / "role.yaml"
@@ -87,13 +87,13 @@ def test_the_published_role_is_enough_for_every_verb(login: Login, account: str,
     assert backend.namespace == namespace
     backend.create(cheap_job("allowed", "print('hello')"))
     assert [line.text for line in backend.logs("allowed", follow=True)] == ["hello", "hello"]
-    *_, status = backend.watch("allowed", timeout_seconds=60)
+    *_, status = backend.watch("allowed", timeout_seconds=PATIENCE_SECONDS)
     assert status.state is JobState.COMPLETED
     assert "AllJobsCompleted" in [event.reason for event in backend.events("allowed")]
     assert "allowed" in [job.name for job in backend.list()]
     assert backend.scene("allowed").unreadable == ()
     backend.create(cheap_job("allowed", "print('hello')", queue=queue), replace=True)  # which has no room for it
-    for status in backend.watch("allowed", timeout_seconds=60):
+    for status in backend.watch("allowed", timeout_seconds=PATIENCE_SECONDS):
         if "insufficient" in status.message:
             break
     backend.suspend("allowed")

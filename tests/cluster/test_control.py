@@ -11,7 +11,7 @@ from launcher.backend import JobState
 from launcher.backend.kubernetes import KubernetesBackend
 from launcher.errors import NnxlaunchError
 from tests.cluster.test_queue import KUEUE, quota
-from tests.cluster.tools import cheap_job, kubectl, nnxlaunch
+from tests.cluster.tools import PATIENCE_SECONDS, cheap_job, kubectl, nnxlaunch
 
 # As the trainer does: SIGTERM leads to exit 75. `done` in the run's log ends the second life.
 SAVES = """
@@ -38,7 +38,7 @@ def queue(namespace: str) -> Generator[str]:
 
 
 def until(backend: KubernetesBackend, name: str, state: JobState) -> None:
-    for status in backend.watch(name, timeout_seconds=90):
+    for status in backend.watch(name, timeout_seconds=PATIENCE_SECONDS):
         if status.state is state:
             return
     raise AssertionError(f"{name} is never {state}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from launcher.backend import JobState
 from launcher.backend.kubernetes import KubernetesBackend
-from tests.cluster.tools import cheap_job, kubectl
+from tests.cluster.tools import PATIENCE_SECONDS, cheap_job, kubectl
 
 
 def test_a_job_is_deleted_with_everything_that_was_made_for_it(backend: KubernetesBackend, namespace: str) -> None:
     name = "gone"
     backend.create(cheap_job(name, "import signal; signal.sigwait([signal.SIGTERM])"))
-    for status in backend.watch(name, timeout_seconds=60):
+    for status in backend.watch(name, timeout_seconds=PATIENCE_SECONDS):
         if status.state is JobState.RUNNING:
             break
     owned = ("configmap/gone-train", "serviceaccount/gone", "networkpolicy/gone")

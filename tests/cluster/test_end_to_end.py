@@ -43,7 +43,7 @@ TRAIN: dict[str, Any] = {
     "data": {"sources": [{"type": "synthetic"}]},
     "checkpoint": {"every_steps": 20},
     "metrics": {"log_every_steps": 1},
-    "distributed": {"heartbeat_timeout_seconds": 10},
+    "distributed": {"heartbeat_timeout_seconds": 30},  # a busy machine is no lost peer
 }
 
 
@@ -66,7 +66,7 @@ def rendered(tmp_path: Path, name: str, image: str, directory: str, storage: Gcs
     """What `nnxlaunch render` prints, with chips asked for: a CPU image on a node that says it has TPUs."""
     spec = document(
         name, cpu={"slices": 2, "hosts": 2, "devices_per_host": 1}, image={"reference": image, "pull_policy": "never"},
-        directory=directory, queue="e2e", env=storage.environment, train=TRAIN, grace_seconds=30,
+        directory=directory, queue="e2e", env=storage.environment, train=TRAIN, grace_seconds=60,
         resources={"cpu": "50m", "memory": "3Gi"}, failure={"max_restarts": 2},
     )  # fmt: skip
     path = tmp_path / f"{name}.yaml"
@@ -99,9 +99,9 @@ def test_a_killed_host_costs_nothing_but_time(
     for name, value in storage.environment.items():
         monkeypatch.setenv(name, value)
     directory = f"{storage.url}/{uuid.uuid4().hex[:8]}"
-    calm = rendered(tmp_path, "calm", image, directory, storage)
+    calm, hit = (rendered(tmp_path, name, image, directory, storage) for name in ("calm", "hit"))
     kubectl("-n", namespace, "apply", "-f", "-", stdin=yaml.safe_dump_all(calm))  # as a person without this launcher would
-    backend.create(rendered(tmp_path, "hit", image, directory, storage))
+    backend.create(hit)
 
     follow = [sys.executable, "-m", "launcher", "logs", "hit", "-f", "-n", namespace]
     victim, saved, killed, lines, seen = 0, False, False, list[str](), list[int]()

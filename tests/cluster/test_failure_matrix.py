@@ -14,11 +14,10 @@ import pytest
 from launcher.backend import JobState
 from launcher.backend.kubernetes import KubernetesBackend
 from launcher.explain.outcome import Effect, Event, Mode, effect
-from tests.cluster.tools import CHEAP_IMAGE, cheap_job, kubectl
+from tests.cluster.tools import CHEAP_IMAGE, PATIENCE_SECONDS, cheap_job, kubectl
 from trainer.contract import FATAL_EXIT_CODES, SURVIVOR_WAIT_SECONDS
 
 AT_ONCE = 8
-ENOUGH_SECONDS = 300
 
 # In the first attempt only. An eviction or a delete comes from outside: the pod then ends with CODE.
 ENDS = """
@@ -28,9 +27,10 @@ if os.environ["NNX_RESTART_ATTEMPT"] != "0":
     sys.exit(0)
 if os.environ["JOB_COMPLETION_INDEX"] == "1":
     if OUTSIDE:
-        signal.sigtimedwait([signal.SIGTERM], 200)
+        print("told to leave from here on, it does", flush=True)
+        signal.sigwait([signal.SIGTERM])
     sys.exit(CODE)
-signal.sigtimedwait([signal.SIGTERM], 200)
+signal.sigwait([signal.SIGTERM])
 sys.exit(143)
 """
 # The trainer's own parent process, with a child that dies of its peer as JAX lets it die, SECONDS after the peer.
@@ -104,11 +104,11 @@ def judge(backend: KubernetesBackend, image: str, row: Row) -> str:
     where = CHEAP_IMAGE if row.peer_seconds is None else {"reference": image, "pull_policy": "never"}
     backend.create(cheap_job(row.name, program, failure=failure, grace_seconds=grace, resources=resources, image=where))
     if outside:
-        for status in backend.watch(row.name, timeout_seconds=ENOUGH_SECONDS):
-            if status.state is JobState.RUNNING:
-                take_away(backend.namespace, status.pods[1].name, evict=row.deleted is None)
-                break
-    *_, status = backend.watch(row.name, timeout_seconds=ENOUGH_SECONDS)
+        # PID 1 of a container does not hear a SIGTERM that comes before it listens.
+        next(backend.logs(row.name, follow=True, worker=1))
+        (victim,) = (pod.name for pod in backend.get(row.name).pods if pod.worker == 1)
+        take_away(backend.namespace, victim, evict=row.deleted is None)
+    *_, status = backend.watch(row.name, timeout_seconds=PATIENCE_SECONDS)
     expected = {
         Effect.STOP: (JobState.FAILED, 0, 0),
         Effect.FREE: (JobState.COMPLETED, 0, 1),

@@ -26,7 +26,7 @@ sys.exit(0 if attempt == ROUNDS else 75)
 
 
 def test_followed_logs_have_every_line_once_however_the_pods_die(backend: KubernetesBackend, namespace: str) -> None:
-    backend.create(cheap_job("talks", TALKS, grace_seconds=5))
+    backend.create(cheap_job("talks", TALKS, grace_seconds=60))  # which no pod needs
     lines: list[LogLine] = []
     seen: dict[tuple[int, int], int] = {}
     choice = random.Random(7)

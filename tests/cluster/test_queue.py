@@ -10,7 +10,7 @@ import pytest
 
 from launcher.backend import JobState, JobStatus
 from launcher.backend.kubernetes import KubernetesBackend
-from tests.cluster.tools import cheap_job, kubectl
+from tests.cluster.tools import PATIENCE_SECONDS, cheap_job, kubectl
 
 KUEUE = "kueue.x-k8s.io/v1beta2"
 
@@ -39,7 +39,7 @@ def test_a_queued_job_waits_with_a_reason_and_runs_when_there_is_room(backend: K
     backend.create(cheap_job("queued", "print('in')", queue=queue))
     seen: list[JobStatus] = []
     raised = False
-    for status in backend.watch("queued", timeout_seconds=90):
+    for status in backend.watch("queued", timeout_seconds=PATIENCE_SECONDS):
         seen.append(status)
         if "insufficient" in status.message and not raised:
             kubectl("patch", "clusterqueue", "nnx-test", "--type=merge", "-p", json.dumps({"spec": quota("1")}))

@@ -19,25 +19,32 @@ from launcher.backend.kubernetes import KubernetesBackend
 from launcher.backend.status import JOBSET_NAME_LABEL
 from launcher.manifest import render
 from launcher.spec import from_document
-from tests.cluster.long_run import PATIENCE_SECONDS, Run
+from tests.cluster.long_run import Run
 from tests.cluster.node import first_process, kubelet_away, node_name
 from tests.cluster.test_end_to_end import TRAIN
 from tests.cluster.test_queue import KUEUE
-from tests.cluster.tools import cheap_job, document, kubectl
+from tests.cluster.tools import PATIENCE_SECONDS, cheap_job, document, kubectl
 from tests.gcs_emulator import Gcs
 
 NAME = "long"
 LIMITS = {"cpu": "50m", "memory": "1536Mi"}
 SCRATCH_MIB = 64  # of /tmp, in this test
+# What was executed has ended before the container does: else whoever asked might not hear how it ended.
 KILL_CHILD = """
-import os, signal
+import os, signal, time
 for entry in filter(str.isdigit, os.listdir("/proc")):
     with open(f"/proc/{entry}/cmdline", "rb") as file:
         if b"trainer.worker" in file.read():
-            os.kill(int(entry), signal.SIGKILL)
             break
 else:
     raise SystemExit("no trainer")
+if os.fork() == 0:
+    os.setsid()
+    for stream in range(3):
+        os.close(stream)
+    while os.getppid() != 1:
+        time.sleep(0.01)
+    os.kill(int(entry), signal.SIGKILL)
 """
 # The kernel takes the process with the highest score: of the adjustment and its size, so these are many and small.
 USE_UP_MEMORY = """
@@ -113,7 +120,7 @@ def happenings(run: Run, namespace: str, queue: str) -> Iterator[Happening]:
     yield Happening("slice 0, worker 1", (COUNTED,))
     node = node_name()
     chosen = f"--pod-selector={JOBSET_NAME_LABEL}={NAME}"
-    kubectl("drain", node, chosen, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=110s")
+    kubectl("drain", node, chosen, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=240s")
     kubectl("uncordon", node)
     yield Happening(r"slice 0, worker \d exited with 75", (FREE,))  # both leave together, and either may be first
     with kubelet_away():

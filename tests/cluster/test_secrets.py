@@ -12,7 +12,7 @@ from launcher.backend import JobState
 from launcher.backend.kubernetes import KubernetesBackend
 from launcher.cli import main
 from launcher.redact import has_secret_form
-from tests.cluster.tools import cheap_job, document, kubectl
+from tests.cluster.tools import PATIENCE_SECONDS, cheap_job, document, kubectl
 
 CANARY = "hf_canaryCanaryCANARY0123456789abcdef"
 ONE_HOST = {"slices": 1, "hosts": 1, "devices_per_host": 1}  # the end of one of two hosts could end the other before it speaks
@@ -53,7 +53,7 @@ def test_a_pod_has_no_token_no_root_and_a_secret_by_reference_that_no_command_sh
     spec = tmp_path / "job.yaml"
     spec.write_text(yaml.safe_dump(document("secretive", env=env, cpu=ONE_HOST)))
     backend.create(cheap_job("secretive", LOOKS, env=env, cpu=ONE_HOST))
-    *_, status = backend.watch("secretive", timeout_seconds=90)
+    *_, status = backend.watch("secretive", timeout_seconds=PATIENCE_SECONDS)
     assert status.state is JobState.FAILED
 
     logs = said("logs", "secretive")

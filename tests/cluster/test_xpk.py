@@ -11,7 +11,7 @@ import pytest
 from launcher.backend import JobState
 from launcher.backend.kubernetes import KubernetesBackend
 from tests.cluster.test_queue import KUEUE
-from tests.cluster.tools import cheap_job, kubectl, nnxlaunch
+from tests.cluster.tools import PATIENCE_SECONDS, cheap_job, kubectl, nnxlaunch
 
 FLAVOR = "1xv5litepod-16"
 
@@ -58,7 +58,7 @@ def test_a_job_runs_in_the_queue_of_xpk_and_each_tool_lists_the_jobs_of_the_othe
 
     job = cheap_job("beside-xpk", "print('hello')", queue="multislice-queue", priority="medium")
     xpk.create(job, replace=True)
-    *_, status = xpk.watch("beside-xpk", timeout_seconds=90)
+    *_, status = xpk.watch("beside-xpk", timeout_seconds=PATIENCE_SECONDS)
     assert status.state is JobState.COMPLETED
     listed = kubectl(
         "-n", "default", "get", "workloads", "--ignore-not-found", "-o", "jsonpath={.items[*].metadata.ownerReferences[0].name}"
@@ -76,7 +76,7 @@ def test_a_job_runs_in_the_queue_of_xpk_and_each_tool_lists_the_jobs_of_the_othe
     theirs["spec"] = {"replicatedJobs": theirs["spec"]["replicatedJobs"]}
     kubectl("-n", "default", "create", "-f", "-", stdin=json.dumps(theirs))
     assert {"beside-xpk", "xpk-made"} <= {one.name for one in xpk.list()}
-    *_, status = xpk.watch("xpk-made", timeout_seconds=90)
+    *_, status = xpk.watch("xpk-made", timeout_seconds=PATIENCE_SECONDS)
     assert status.state is JobState.COMPLETED
     logs = nnxlaunch("logs", "xpk-made", "-n", "default").stdout.splitlines()
     assert sorted(logs) == ["[s0/w0 a0] hello", "[s0/w1 a0] hello"]  # merged by time: either host may speak first

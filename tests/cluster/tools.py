@@ -20,10 +20,12 @@ from launcher.spec import from_document
 from trainer.contract import CONTAINER_NAME
 
 CHEAP_IMAGE = "python:3.12-slim"
+PATIENCE_SECONDS = 300
+"""For what controllers, the kubelet and pods do, on a machine that may be busy with other things. Nothing takes that long."""
 
 
 def kubectl(*words: str, stdin: str | None = None) -> str:
-    done = subprocess.run(["kubectl", *words], input=stdin, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(["kubectl", *words], input=stdin, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, f"kubectl {' '.join(words)}: {done.stderr}"
     return done.stdout
 
@@ -40,7 +42,7 @@ def own_namespace() -> Iterator[str]:
         kubectl("delete", "namespace", name, "--wait=false")
 
 
-def until_told(backend: KubernetesBackend, name: str, code: str, *, patience_seconds: float = 120) -> Cause:
+def until_told(backend: KubernetesBackend, name: str, code: str, *, patience_seconds: float = PATIENCE_SECONDS) -> Cause:
     """The cause of that code, once a look at the job finds it: controllers need a moment."""
     deadline = time.monotonic() + patience_seconds
     while (cause := why(backend.scene(name))).code != code:
