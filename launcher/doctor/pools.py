@@ -72,7 +72,8 @@ def _enough(spec: JobSpec, nodes: Sequence[Manifest]) -> Finding:
     """Nodes that match all the job selects; pools made on demand or scaled to zero are not seen."""
     selector = node_selector(spec)
     matching = [node for node in nodes if is_ready(node) and all(labels_of(node).get(key) == value for key, value in selector.items())]
-    said = f"{len(matching)} ready nodes match {', '.join(f'{key}={value}' for key, value in sorted(selector.items()))}"
+    labels = ", ".join(f"{key}={value}" for key, value in sorted(selector.items()))
+    said = f"{len(matching)} {'ready node matches' if len(matching) == 1 else 'ready nodes match'} {labels}"
     if len(matching) >= spec.layout.hosts:
         return good("nodes", f"{said}; the job takes {spec.layout.hosts}")
     tpu = spec.layout.tpu

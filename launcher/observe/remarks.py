@@ -40,8 +40,8 @@ def remarks(scene: Scene, progress: Progress | None) -> Iterator[Remark]:
         spot = SPOT_LABEL in mapping(pod.get("nodeSelector")) and needed > SPOT_GRACE_SECONDS
         yield Remark(
             code="grace-save",
-            sentence=f"the save of step {progress.checkpoint} took {progress.save_seconds:.1f} s: a host that is asked to leave needs "
-            f"{needed} s, and has {grace} s, so that it loses what it did since its last checkpoint",
+            sentence=f"the save of step {progress.checkpoint} took {progress.save_seconds:.1f} s: a host that is asked to leave needs up "
+            f"to {needed} s and has {grace} s: it may lose what it did since its last checkpoint",
             fix="a spot node gives no more time: save more often (checkpoint.every_steps)"
             if spot
             else f"grace_seconds: {needed} in the spec, submitted with --replace; the run goes on from its last checkpoint",

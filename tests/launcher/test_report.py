@@ -53,7 +53,7 @@ def test_the_log_of_process_0_tells_the_last_step_and_the_last_checkpoint() -> N
 def test_a_save_that_outlasts_the_grace_is_remarked_on_until_the_job_has_ended() -> None:
     running = replace(recorded("running"), log=("2026-11-21T06:45:08.0Z checkpoint committed: step 10  seconds 115.25",))
     (remark,) = report(running).remarks
-    assert (remark.code, "took 115.2 s: a host that is asked to leave needs 126 s, and has" in remark.sentence) == ("grace-save", True)
+    assert (remark.code, "took 115.2 s: a host that is asked to leave needs up to 126 s and has" in remark.sentence) == ("grace-save", True)
     assert "grace_seconds: 126 in the spec" in remark.fix
     assert str(remark) in whole(report(running), "here") and "saved in 115.2 s" in whole(report(running), "here")
     spot = replace(running, jobset=copy.deepcopy(running.jobset))
