@@ -46,7 +46,7 @@ def command(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first prompt; each further one takes the next.")] = 0,
     draft: Annotated[
         bool,
-        typer.Option("--draft", help="Guess tokens with the model's module of multi-token prediction: the same answers in fewer steps."),
+        typer.Option("--draft", help="Guess tokens with the model's modules of multi-token prediction: the same answers in fewer steps."),
     ] = False,
     slots: Annotated[int | None, typer.Option("--slots", min=1, help="Prompts answered at once; default: all, at most 16.")] = None,
     mesh: Annotated[str | None, typer.Option("--mesh", metavar="AXIS=N,...", help="Default: tensor, then fsdp.")] = None,

@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the most likely tokens of probability P")
     parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="draw from tokens at least P times as likely as the first")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; each further one takes the next; default: 0")
-    parser.add_argument("--draft", action="store_true", help="guess tokens with the model's module of multi-token prediction")
+    parser.add_argument("--draft", action="store_true", help="guess tokens with the model's modules of multi-token prediction")
     parser.add_argument("--slots", type=int, metavar="N", help=f"prompts answered at once; default: all, at most {MOST_SLOTS}")
     parser.add_argument("--mesh", metavar="AXIS=N,...", help=f"axes: {', '.join(MESH_AXES)}; default: tensor, then fsdp")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of matmuls and caches; default: the model's")

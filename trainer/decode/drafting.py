@@ -1,10 +1,16 @@
-"""Decoding with drafts: a module of multi-token prediction guesses a token, and the next step sees whether it was right.
+"""Decoding with drafts: modules of multi-token prediction guess tokens, and the next step sees which of them were right.
 
-A step takes the newest token and the draft through the model at once. The first's output is the next token, chosen as ever; where it
-is the draft, the second's output is the token after it. So every token is chosen by the model's own logits and the request's own
-noise: answers are those of `Engine`, drawn ones too, in fewer steps. (Two tokens are multiplied as other shapes than one, so logits
-agree to rounding.) The draft is drawn with the noise of its position, as the token it stands for will be.
-B slots, T tokens of a bucket, V vocabulary, D model width.
+A step takes the newest token and the K drafts through the model at once. The first's output is the next token, chosen as ever; where
+it is the first draft, that one's output is the token after it, and so on. So every token is chosen by the model's own logits and the
+request's own noise: answers are those of `Engine`, drawn ones too, in fewer steps. (Several tokens are multiplied as other shapes than
+one, so logits agree to rounding.) A draft is drawn with the noise of its position, as the token it stands for will be.
+
+Module m joins what module m - 1 says at a position (the first: the model) with the token m places on, and draws the token behind that
+one. With the newest token at position n, all speak at position n - 1: the first reads the newest token and draws n + 1, the second reads
+this draft and draws n + 2. What module m remembers of its last m - 1 places was made of drafts, so a step runs the modules over K - 1
+places that it ran over before: these hidden states and tokens are kept in the slot.
+
+B slots, T tokens of a bucket, K modules, W = 2 K places modules run over, V vocabulary, D model width.
 """
 
 from __future__ import annotations
@@ -25,110 +31,160 @@ from trainer.decode.sampling import Rows, sample
 from trainer.model import Transformer
 from trainer.model.attention import Context
 from trainer.model.layers import select
+from trainer.model.multi_token import Module
 from trainer.parallel.sharding import Layout, constrain, use_layout
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Drafted:
+    """What a slot has for and of its modules. Its newest token is at position n."""
+
+    modules: list[Caches]
+    """What each remembers: of a position, with what was said before it there and the token so many places on."""
+    drafts: jax.Array  # int32 [B, K], what may follow the newest token
+    hidden: jax.Array  # [B, K - 1, D], the model's hidden states of positions n - K + 1 ... n - 1
+    tokens: jax.Array  # int32 [B, K - 1], their tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class DraftedPrefix(Prefix):
-    module: Caches
-    draft: jax.Array  # int32 [1], what may follow `token`
+    drafted: Drafted
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DraftedSlots(Slots):
-    module: Caches
-    """What the module remembers: of a token, with the hidden state before it."""
-    draft: jax.Array  # int32 [B], what may follow `token`
+    drafted: Drafted
 
 
 class DraftingEngine(Engine):
-    """As `Engine`, with the model's first module of multi-token prediction as the draft: one or two tokens of a slot in a step.
+    """As `Engine`, with the model's modules of multi-token prediction as drafts: one to 1 + K tokens of a slot in a step.
 
     Raises ValueError for a model without such a module.
     """
 
-    further = 1
-
     def __init__(self, model: Model, params: Mapping[str, jax.Array], layout: Layout, *, slots: int, max_length: int) -> None:
         if not model.depth:
             raise ValueError("the model has no module of multi-token prediction to draft with")
-        # The module's one block as a model of its own: what its caches look like.
+        # The last sure position of one step is the first unsure one of another at most W - 1 further on.
+        self.further, self.beyond = 2 * model.depth - 1, model.depth - 1
+        # A module's one block as a model of its own: what its caches look like.
         last = model.segments[-1].model_copy(update={"repeats": 1, "pattern": (model.blocks[-1],)})
         self._one_block = model.model_copy(update={"segments": (last,), "layers": "unroll"})
         super().__init__(model, params, layout, slots=slots, max_length=max_length)
 
     def _looked_ahead(self, model: Transformer, prefix: Prefix, tokens_1T: jax.Array, x_1TD: jax.Array, context: Context) -> Prefix:
-        places_1T = jnp.arange(tokens_1T.shape[1], dtype=jnp.int32)[None]
-        next_1T = jnp.where(places_1T == prefix.count[:, None] - 1, prefix.token[:, None], jnp.roll(tokens_1T, -1, axis=1))
-        y_1TD, remembered = look_ahead(model, x_1TD, next_1T, context, None)
-        kept = cache.arrange(self._one_block, remembered, prefix.count[0], length=self.max_length, further=self.further)
-        last_11D = jax.lax.dynamic_slice_in_dim(y_1TD, prefix.count[0] - 1, 1, axis=1)
-        draft = self._drafted(model, last_11D, prefix.rows, prefix.count + 1)
-        return DraftedPrefix(**_values(prefix), module=kept, draft=draft)
+        K, T = self.model.depth, tokens_1T.shape[1]
+        count = prefix.count[0]
+        places = jnp.arange(T + K)[None]
+        known = jnp.where(places == count, prefix.token[:, None], jnp.pad(tokens_1T, ((0, 0), (0, K))))
+        y_1TD, modules, drafts = x_1TD, list[Caches](), list[jax.Array]()
+        for m, module in enumerate(model.multi_token, 1):
+            y_1TD, remembered = look_ahead(model, module, y_1TD, known[:, m : m + T], context, None)
+            modules.append(cache.arrange(self._one_block, remembered, count, length=self._length, further=self.further))
+            last_11D = jax.lax.dynamic_slice_in_dim(y_1TD, count - 1, 1, axis=1)
+            drafts.append(self._drawn(model, last_11D, prefix.rows, prefix.count + m))
+            known = jnp.where(places == count + m, drafts[-1][:, None], known)
+        # Of a prompt shorter than K - 1 tokens the first ones are before its beginning.
+        hidden, tokens = (
+            jax.lax.dynamic_slice_in_dim(jnp.pad(all_1T, ((0, 0), (K - 1, 0), *[(0, 0)] * (all_1T.ndim - 2))), count, K - 1, axis=1)
+            for all_1T in (x_1TD, tokens_1T)
+        )
+        return DraftedPrefix(**_values(prefix), drafted=Drafted(modules, jnp.stack(drafts, axis=1), hidden, tokens))
 
     def _traced_insert(self, slots: Slots, prefix: Prefix, slot: jax.Array) -> Slots:
         assert isinstance(slots, DraftedSlots) and isinstance(prefix, DraftedPrefix)
         plain = super()._traced_insert(slots, prefix, slot)
-        module = cache.insert(self._one_block, slots.module, prefix.module, slot)
-        draft = jax.lax.dynamic_update_slice_in_dim(slots.draft, prefix.draft, slot, 0)
-        return DraftedSlots(**_values(plain), module=module, draft=draft)
+        put, kept = prefix.drafted, slots.drafted
+        pairs = zip(kept.modules, put.modules, strict=True)
+        modules = [cache.insert(self._one_block, module, row, slot) for module, row in pairs]
+        rest = {
+            name: jax.lax.dynamic_update_slice_in_dim(getattr(kept, name), getattr(put, name), slot, 0)
+            for name in ("drafts", "hidden", "tokens")
+        }
+        return DraftedSlots(**_values(plain), drafted=Drafted(modules, **rest))
 
     def _traced_generate(self, params: nnx.State, slots: Slots) -> tuple[Slots, Step]:
         assert isinstance(slots, DraftedSlots)
+        K, before = self.model.depth, slots.drafted
         with use_layout(self.layout):
             model = self._merged(params)
             busy_B = slots.remaining > 0
-            context = self._context(slots.count, busy_B, 2)
-            x_B2D, products = model.forward(jnp.stack([slots.token, slots.draft], axis=1), context, slots.caches)
-            logits_B2V = constrain(model.logits(x_B2D, context.valid.astype(jnp.int32)), ("batch", None, None))
-            first_B = sample(logits_B2V[:, 0], slots.rows, slots.count + 1)
-            second_B = sample(logits_B2V[:, 1], slots.rows, slots.count + 2)
-            remaining_B = left(first_B, slots.remaining - 1, slots.stop)
-            right_B = busy_B & (first_B == slots.draft) & (remaining_B > 0)
-            y_B2D, remembered = look_ahead(model, x_B2D, jnp.stack([first_B, second_B], axis=1), context, slots.module)
-            count_B = slots.count + busy_B + right_B
-            last_B1D = jnp.where(right_B[:, None, None], y_B2D[:, 1:], y_B2D[:, :1])
-            remaining_B = jnp.where(right_B, left(second_B, remaining_B - 1, slots.stop), remaining_B)
-            # Of a draft that was wrong the entries are written too: the next step's first token takes their place.
+            context = self._context(slots.count, busy_B, 1 + K)
+            x_BTD, products = model.forward(jnp.concatenate([slots.token[:, None], before.drafts], axis=1), context, slots.caches)
+            logits_BTV = constrain(model.logits(x_BTD, context.valid.astype(jnp.int32)), ("batch", None, None))
+            chosen = [sample(logits_BTV[:, j], slots.rows, slots.count + 1 + j) for j in range(1 + K)]
+            token_B, remaining_B, made, taken_B = slots.token, slots.remaining, list[jax.Array](), busy_B
+            for j, chosen_B in enumerate(chosen):
+                remaining_B = jnp.where(taken_B, left(chosen_B, remaining_B - 1, slots.stop), remaining_B)
+                token_B = jnp.where(taken_B, chosen_B, token_B)
+                made.append(jnp.where(taken_B, chosen_B, -1))
+                if j < K:
+                    taken_B &= (chosen_B == before.drafts[:, j]) & (remaining_B > 0)
+            made_BT = jnp.stack(made, axis=1)
+            taken_B = jnp.sum(made_BT >= 0, axis=1)
+            # Entries of drafts that were wrong are written too: the next step's take their places.
             after = replace(
                 slots,
                 caches=cache.append(self.model, slots.caches, cache.remembered(products), slots.count),
-                module=cache.append(self._one_block, slots.module, remembered, slots.count),
-                token=jnp.where(busy_B, jnp.where(right_B, second_B, first_B), slots.token),
-                draft=self._drafted(model, last_B1D, slots.rows, count_B + 1),
-                count=count_B,
-                remaining=jnp.where(busy_B, remaining_B, 0),
+                token=token_B,
+                count=slots.count + taken_B,
+                remaining=remaining_B,
+                drafted=self._draft(model, slots, x_BTD, jnp.stack(chosen, axis=1), taken_B),
             )
-            made_B2 = jnp.stack([jnp.where(busy_B, first_B, -1), jnp.where(right_B, second_B, -1)], axis=1)
-            return after, Step(made_B2, logits_B2V)
+            return after, Step(made_BT, logits_BTV)
 
-    def _drafted(self, model: Transformer, hidden_B1D: jax.Array, rows: Rows, positions_B: jax.Array) -> jax.Array:
+    def _draft(self, model: Transformer, slots: DraftedSlots, x_BTD: jax.Array, chosen_BT: jax.Array, taken_B: jax.Array) -> Drafted:
+        """The drafts behind a step's tokens, of which `taken` are in the sequence. x: the step's hidden states [B, 1 + K, D]."""
+        K, before = self.model.depth, slots.drafted
+        first_B = slots.count - (K - 1)
+        context = self._context(first_B, slots.remaining > 0, 2 * K)
+        hidden_BWD = jnp.concatenate([before.hidden, x_BTD], axis=1)
+        # Tokens from position `first` on: kept, newest, chosen; drafts take the places behind those that are taken.
+        known = jnp.pad(jnp.concatenate([before.tokens, slots.token[:, None], chosen_BT], axis=1), ((0, 0), (0, K - 1)))
+        places = jnp.arange(known.shape[1])[None]
+        y_BWD, modules, drafts = hidden_BWD, list[Caches](), list[jax.Array]()
+        for m, module in enumerate(model.multi_token, 1):
+            y_BWD, remembered = look_ahead(model, module, y_BWD, known[:, m : m + 2 * K], context, before.modules[m - 1])
+            modules.append(cache.append(self._one_block, before.modules[m - 1], remembered, first_B))
+            last_B1D = jnp.take_along_axis(y_BWD, (jnp.maximum(taken_B, 1) + K - 2)[:, None, None], axis=1)
+            drafts.append(self._drawn(model, last_B1D, slots.rows, slots.count + taken_B + m))
+            known = jnp.where(places == (taken_B + K - 1 + m)[:, None], drafts[-1][:, None], known)
+        kept_BK = taken_B[:, None] + jnp.arange(K - 1)[None]
+        hidden = jnp.take_along_axis(hidden_BWD, kept_BK[:, :, None], axis=1)
+        return Drafted(modules, jnp.stack(drafts, axis=1), hidden, jnp.take_along_axis(known, kept_BK, axis=1))
+
+    def _drawn(self, model: Transformer, hidden_B1D: jax.Array, rows: Rows, positions_B: jax.Array) -> jax.Array:
         logits_BV = model.logits(hidden_B1D, jnp.ones(hidden_B1D.shape[:2], jnp.int32))[:, 0]
         return sample(constrain(logits_BV, ("batch", None)), rows, positions_B)
 
     @property
     def _abstract(self) -> Slots:
         plain = super()._abstract
+        B, K, D, dtype = self.slots, self.model.depth, self.model.width, jnp.dtype(self.model.compute_dtype)
 
         def remember() -> Caches:
             model = self._merged(self._params)
-            count_B = jnp.zeros(self.slots, jnp.int32)
-            hidden_B1D = jnp.zeros((self.slots, 1, self.model.width), self.model.compute_dtype)
-            return look_ahead(model, hidden_B1D, count_B[:, None], self._context(count_B, count_B > 0, 1), None)[1]
+            count_B = jnp.zeros(B, jnp.int32)
+            context = self._context(count_B, count_B > 0, 1)
+            return look_ahead(model, model.multi_token[0], jnp.zeros((B, 1, D), dtype), count_B[:, None], context, None)[1]
 
-        module = cache.describe(self._one_block, remember, length=self.max_length, layout=self.layout, further=self.further)
-        return DraftedSlots(**_values(plain), module=module, draft=plain.token)
+        def small(dtype: Any, *dims: int) -> Any:
+            return jax.ShapeDtypeStruct((B, *dims), dtype, sharding=self.layout.replicated)
+
+        module = cache.describe(self._one_block, remember, length=self._length, layout=self.layout, further=self.further)
+        drafted = Drafted([module] * K, small(jnp.int32, K), small(dtype, K - 1, D), small(jnp.int32, K - 1))
+        return DraftedSlots(**_values(plain), drafted=drafted)
 
 
 def look_ahead(
-    model: Transformer, hidden_BTD: jax.Array, next_BT: jax.Array, context: Context, past: Caches | None
+    model: Transformer, module: Module, hidden_BTD: jax.Array, token_BT: jax.Array, context: Context, past: Caches | None
 ) -> tuple[jax.Array, Caches]:
-    """The first module's output after its final norm, [B, T, D], for hidden states and the tokens that follow them; what it remembers."""
-    module = model.multi_token[0]
+    """A module's output after its final norm, [B, T, D], for what was said before it and the tokens it reads; what it remembers."""
     with jax.default_matmul_precision(model.spec.matmul_precision):
-        token_BTD = select(context.valid, model.embedding(next_BT, context.valid))
+        token_BTD = select(context.valid, model.embedding(token_BT, context.valid))
         graphdef, params = model.split(nnx.List([module.block]))
         block, seen = nnx.merge(graphdef, params)[0], None if past is None else past[0][0][0]
         x_BTD, product = block(module.join(select(context.valid, hidden_BTD), token_BTD), context, seen)

@@ -60,8 +60,8 @@ class Slots:
 class Step:
     """What one call of `generate` made."""
 
-    token: jax.Array  # int32 [B], with drafts [B, 2]; -1 for a slot that was free, and where a draft was wrong
-    logits: jax.Array  # float32 [B, V], with drafts [B, 2, V], the tokens were chosen from; of a free slot meaningless
+    token: jax.Array  # int32 [B], with K drafts [B, 1 + K]; -1 for a slot that was free, and from the first wrong draft on
+    logits: jax.Array  # float32 [B, V], with drafts [B, 1 + K, V], the tokens were chosen from; of a free slot meaningless
 
 
 class Engine:
@@ -72,7 +72,9 @@ class Engine:
     """
 
     further = 0
-    """Tokens a step keeps beside the one that is sure to be in the sequence."""
+    """Tokens a step keeps that may turn out not to be in the sequence."""
+    beyond = 0
+    """Positions behind the last of a sequence that a step may compute."""
 
     def __init__(self, model: Model, params: Mapping[str, jax.Array], layout: Layout, *, slots: int, max_length: int) -> None:
         if slots < 1 or max_length < 2:
@@ -146,7 +148,7 @@ class Engine:
             last_11D = jax.lax.dynamic_slice_in_dim(x_1TD, count[0] - 1, 1, axis=1)
             logits_1V = constrain(model.logits(last_11D, jnp.ones((1, 1), jnp.int32))[:, 0], (None, None))
             token = sample(logits_1V, rows, count)
-            caches = cache.arrange(self.model, cache.remembered(products), count[0], length=self.max_length, further=self.further)
+            caches = cache.arrange(self.model, cache.remembered(products), count[0], length=self._length, further=self.further)
             prefix = Prefix(caches, token, logits_1V, count, left(token, remaining, stop), rows, stop)
             return self._looked_ahead(model, prefix, tokens_1T, x_1TD, context)
 
@@ -180,12 +182,17 @@ class Engine:
     def _context(self, count_B: jax.Array, busy_B: jax.Array, tokens: int) -> Context:
         """Of so many new tokens in every slot, behind those it has."""
         positions_BT = count_B[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
-        segments_BT = jnp.broadcast_to(busy_B.astype(jnp.int32)[:, None], positions_BT.shape)
-        masks = cache.past_masks(self._windows, positions_BT, count_B, length=self.max_length, further=self.further)
+        segments_BT = (busy_B[:, None] & (positions_BT >= 0)).astype(jnp.int32)
+        masks = cache.past_masks(self._windows, positions_BT, count_B, length=self._length, further=self.further)
         return make_context(
             self._blocks(), positions_BT, segments_BT,
             past_masks=masks, remember=True, expert_kernel=self.model.expert_kernel,
         )  # fmt: skip
+
+    @property
+    def _length(self) -> int:
+        """Positions of a slot."""
+        return self.max_length + self.beyond
 
     def _blocks(self) -> list[Any]:
         return [block for segment in self.model.segments for block in segment.pattern]
@@ -202,7 +209,7 @@ class Engine:
             zeros_B = jnp.zeros(B, jnp.int32)
             return cache.remembered(self._merged(params).forward(zeros_B[:, None], self._context(zeros_B, zeros_B > 0, 1))[1])
 
-        length, further = self.max_length, self.further
+        length, further = self._length, self.further
         caches = cache.describe(self.model, lambda: remember(self._params), length=length, layout=self.layout, further=further)
         f, i = jnp.float32, jnp.int32
         rows = Rows(small(f), small(i), small(f), small(f), small(jnp.uint32, 2))

@@ -53,7 +53,7 @@ class _Running:
 
 @dataclass
 class Drafts:
-    """How often a token that was guessed could have been used, and was right."""
+    """How often a token that was guessed could have been used, those before it being right, and was right itself."""
 
     proposed: int = 0
     accepted: int = 0
@@ -91,17 +91,20 @@ def serve(engine: Engine, requests: Iterable[Request], drafts: Drafts | None = N
 
 
 def _read(tokens: jax.Array, owners: list[_Running | None], running: list[_Running | None], drafts: Drafts) -> Iterator[Piece]:
-    """The pieces of one step; slots of requests that ended become free. tokens: int32 [B], or [B, 2] where the second was a draft."""
+    """The pieces of one step; slots of requests that ended become free. tokens: int32 [B], or [B, 1 + K], all but the first drafts."""
     for made, owner in zip(np.asarray(tokens).reshape(len(owners), -1).tolist(), owners, strict=True):
         if owner is None or owner not in running:  # a step dispatched before the request's end was known
             continue
         piece = owner.piece(made[0])
-        if piece.finish is None and len(made) > 1:
+        for drafted in made[1:]:
+            if piece.finish is not None:
+                break
             drafts.proposed += 1
-            if made[1] >= 0:
-                drafts.accepted += 1
-                yield piece
-                piece = owner.piece(made[1])
+            if drafted < 0:
+                break
+            drafts.accepted += 1
+            yield piece
+            piece = owner.piece(drafted)
         if piece.finish is not None:
             running[running.index(owner)] = None
         yield piece

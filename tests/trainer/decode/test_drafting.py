@@ -1,4 +1,4 @@
-"""Drafts of the module of multi-token prediction change the number of steps and no token."""
+"""Drafts of the modules of multi-token prediction change the number of steps and no token."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.trainer.model.models import BLOCK, random_params, small, with_params
 from trainer.config.mesh import AxisDegrees, Mesh
@@ -65,18 +66,29 @@ def by_hand(model: Transformer, request: Request, answer: list[Piece]) -> Drafts
     """How many drafts a request has and how many are right, by one pass of the training model over prompt and greedy answer."""
     tokens = [*request.prompt, *(piece.token for piece in answer)]
     inputs, places = jnp.asarray([tokens], jnp.int32), jnp.arange(len(tokens), dtype=jnp.int32)[None]
-    further = model.run(inputs, places, jnp.ones_like(inputs)).further[0]
-    best = np.argmax(np.asarray(model.logits(further, jnp.ones_like(inputs)))[0], axis=-1)  # at i: what is thought of i + 2
+    graphdef, state = nnx.split(model)
+
+    def logits(state: nnx.State) -> list[jax.Array]:
+        whole = nnx.merge(graphdef, state)
+        return [whole.logits(x, jnp.ones_like(inputs)) for x in whole.run(inputs, places, jnp.ones_like(inputs)).further]
+
+    best = [np.argmax(np.asarray(found)[0], axis=-1) for found in jax.jit(logits)(state)]  # m at i: what is thought of i + m + 2
     newest, found = len(request.prompt), Drafts()
-    while newest < len(tokens) - 2:  # the step makes newest + 1, and there is room for another one
-        right = best[newest - 1] == tokens[newest + 1]
-        found.proposed, found.accepted = found.proposed + 1, found.accepted + right
+    while newest < len(tokens) - 1:
+        right = 0
+        while right < len(best) and newest + right < len(tokens) - 2:  # the step makes newest + 1 + right, and there is room for another
+            found.proposed += 1
+            if best[right][newest - 1] != tokens[newest + right + 1]:
+                break
+            right += 1
+        found.accepted += right
         newest += 1 + right
     return found
 
 
-def test_greedy_and_drawn_answers_are_those_without_drafts_and_drafts_are_those_of_the_trained_module() -> None:
-    model = small(pattern=(BLOCK, WINDOWED), repeats=1, vocab_size=6, layers="unroll", multi_token={"depth": 1})
+@pytest.mark.parametrize("depth", [pytest.param(1, marks=pytest.mark.full), 2, pytest.param(4, marks=pytest.mark.full)])
+def test_greedy_and_drawn_answers_are_those_without_drafts_and_drafts_are_those_of_the_trained_modules(depth: int) -> None:
+    model = small(pattern=(BLOCK, WINDOWED), repeats=1, vocab_size=6, layers="unroll", multi_token={"depth": depth})
     params = random_params(model, seed=3)
     found, engine = assert_same_answers(model, params, one_device())
     alone, request = Drafts(), requests()[0]
