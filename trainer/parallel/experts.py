@@ -103,12 +103,10 @@ def _plan(layout: Layout, shape: Sequence[int], weights: Arrays, placed: Mapping
     }
     if layout.inside_stage:  # a pipeline gathers weights itself
         entries = {name: tuple(tuple(axis for axis in dim if axis in (EXPERT, *HIDDEN)) for dim in dims) for name, dims in entries.items()}
-    hidden = {
-        tuple(axis for axis in dims[placed[name].axes.index("mlp")] if axis in HIDDEN)
-        for name, dims in entries.items()
-        if "mlp" in placed[name].axes
-    }
-    shared = hidden.pop() if len(hidden) == 1 else ()
+    # The hidden dim stays split where that is the same part of it in all weights, over devices that have the same tokens.
+    rows = {axis for dim in _entries(tokens, 2) for axis in dim}
+    hidden = {dims[placed[name].axes.index("mlp")] for name, dims in entries.items() if "mlp" in placed[name].axes}
+    shared = tuple(axis for axis in hidden.pop() if axis in HIDDEN and axis not in rows) if len(hidden) == 1 else ()
     split = all(dims[0] == (EXPERT,) for dims in entries.values())
     experts = next(iter(weights.values())).shape[0]
 

@@ -20,12 +20,15 @@ from trainer.parallel.experts import Route
 from trainer.parallel.sharding import use_layout
 
 B, T, D = 16, 4, 16
+SPLIT = ("mixtral", "mesh.ici.data=2", "mesh.ici.fsdp=1", "mesh.ici.fsdp_transpose=2", "mesh.ici.tensor=2")
 MESHES = {
     "expert 2, fsdp 2, tensor 2": ("deepseek", "mesh.ici.expert=2", "mesh.ici.fsdp=2", "mesh.ici.tensor=2"),
     "expert 4, tensor 2": ("gpt-oss", "mesh.ici.expert=4", "mesh.ici.tensor=2", "mesh.ici.fsdp=1"),
     "expert 8": ("mixtral", "mesh.ici.expert=8", "mesh.ici.fsdp=1"),
     "fsdp 4, fsdp_transpose 2": ("mixtral", "mesh.ici.fsdp=4", "mesh.ici.fsdp_transpose=2"),
     "data 2, expert 2, context 2": ("mixtral", "mesh.ici.data=2", "mesh.ici.expert=2", "mesh.ici.context=2", "mesh.ici.fsdp=1"),
+    "rows over tensor": (*SPLIT, "sharding.rules=[{axis: batch, mesh: [data, tensor]}]"),
+    "one weight over less": (*SPLIT, "sharding.rules=[{axis: mlp, mesh: [tensor], weight: '*/experts/down'}]"),
 }
 QUICK = ("expert 2, fsdp 2, tensor 2", "expert 4, tensor 2")
 
