@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.backend import BackendKind
+from launcher.backend import Backend, BackendKind
 from launcher.cli.options import BackendChoice, Context, Kubeconfig, Namespace, Overrides
 from launcher.manifest.names import SPEC_HASH_LABEL
 
@@ -61,7 +61,7 @@ def command(
         if trouble:
             print(f"note: {trouble}; the job runs whatever the tag means at each start", file=sys.stderr)
     options = flags(backend, namespace)
-    if not attach:
+    if not (attach and _is_there(target, parsed.name)):
         hold_against(parsed, last_save())
     try:
         status = target.create(manifests, replace=replace)
@@ -80,3 +80,13 @@ def command(
         from launcher.cli.follow import follow
 
         follow(target, status.name, options=options)
+
+
+def _is_there(target: Backend, name: str) -> bool:
+    from launcher.errors import NotFound
+
+    try:
+        target.get(name)
+    except NotFound:
+        return False
+    return True

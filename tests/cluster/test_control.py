@@ -52,7 +52,7 @@ def test_a_suspended_job_has_no_pods_gives_its_quota_back_and_goes_on_when_resum
     assert nnxlaunch("suspend", "held", "-n", namespace).returncode == 0
     held = backend.get("held")
     assert (held.state, [pod for pod in held.pods if pod.phase == "Running"]) == (JobState.QUEUED, [])
-    kubectl("wait", "clusterqueue/nnx-control", "--for=jsonpath={.status.reservingWorkloads}=0", "--timeout=60s")  # told a moment later
+    kubectl("wait", "clusterqueue/nnx-control", "--for=jsonpath={.status.reservingWorkloads}=0", "--timeout=240s")  # told a moment later
     usage = kubectl(
         "get", "clusterqueue", "nnx-control", "-o", "jsonpath={.status.flavorsReservation[0].resources[?(@.name=='cpu')].total}"
     )

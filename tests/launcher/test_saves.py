@@ -90,7 +90,7 @@ def test_commands_refuse_a_grace_that_the_last_save_outlasts(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     commit(str(tmp_path / "quickstart"), 10, 115.25)
     there = ("--set", f"directory={tmp_path}")
-    for words in (("validate",), ("explain",), ("submit", "--backend", "local")):
+    for words in (("validate",), ("explain",), ("submit", "--backend", "local"), ("submit", "--attach", "--backend", "local")):
         assert run(words[0], QUICKSTART, *there, *words[1:]) == 64
         captured = capsys.readouterr()
         assert "error: grace_seconds: 120 s, but the save of step 10 took 115.2 s" in captured.err and "[grace-save]" in captured.err
