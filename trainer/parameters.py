@@ -25,7 +25,7 @@ from trainer.checkpoint.parameters import PARAMETERS_FILE, is_parameters, stored
 from trainer.checkpoint.parameters import sources as parameters_sources
 from trainer.checkpoint.storage import Storage, open_storage
 from trainer.config import TrainConfig, validate
-from trainer.config.data import HuggingFaceTokenizer, SentencePiece
+from trainer.config.data import Bytes, HuggingFaceTokenizer, SentencePiece
 from trainer.config.model import Model
 from trainer.config.weights import Weight, weights
 from trainer.errors import CheckpointError
@@ -56,7 +56,7 @@ class Parameters:
     """Files to take along, by name."""
     max_positions: int = 2048
     notes: tuple[str, ...] = ()
-    """What of the folder is not read, in words."""
+    """What does not come along, in words."""
 
 
 def open_parameters(source: str, opened: ExitStack, *, step: int | None = None, weights: Kind = "trained") -> Parameters:
@@ -117,7 +117,9 @@ def _of_run(directory: str, step: int | None, item: str) -> Parameters:
     dtype = (original or {}).get("dtype") or (original or {}).get("torch_dtype")
     length = config.batch.sequence_length
     what = f"step {step} of {directory}" + (", averaged" if item != ITEMS["trained"] else "")
-    return Parameters(what, config.model, read, dtype, step, original, companions, length)
+    bytes_only = isinstance(config.data.tokenizer, Bytes) and not any(name.startswith("tokenizer.") for name in companions)
+    notes = ("the run's tokenizer is `bytes`, which has no file: `generate` of what is written needs --tokenizer bytes",)
+    return Parameters(what, config.model, read, dtype, step, original, companions, length, notes if bytes_only else ())
 
 
 def _layers_of_checkpoint(folder: str, model: Model, saved: Mapping[str, Any]) -> ReadLayer:

@@ -142,6 +142,7 @@ def test_a_disk_without_room_a_lost_tokenizer_and_a_damaged_folder_are_sentences
 ) -> None:
     (tmp_path / "start" / "tokenizer.json").unlink()
     assert main([run_directory, "--out", str(tmp_path / "out")]) == 0
+    assert "the run's tokenizer is `bytes`, which has no file" in capsys.readouterr().err
     # A disk that is full cannot be made without rights to mount one.
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 435_967}))
     assert main([run_directory, "--out", str(tmp_path / "other")]) == 64
