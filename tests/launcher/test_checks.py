@@ -201,6 +201,8 @@ RULES = [
      ["train.sharding.rules=[{axis: vocab, mesh: [fsdp], weight: embed/table}]"], "train.sharding.rules.0.axis", "logical-axis"),
     (TPU, ["train.sharding.rules=[{axis: vocab, mesh: [fsdp], weight: embd/table}]"],
      ["train.sharding.rules=[{axis: vocab, mesh: [fsdp], weight: 'embed/*'}]"], "train.sharding.rules.0.weight", "weight-pattern"),
+    (TPU, ["train.sharding.rules=[{axis: mlp, mesh: []}, {axis: act_heads, mesh: [data]}]"],
+     ["train.sharding.rules=[{axis: mlp, mesh: []}, {axis: act_heads, mesh: [tensor]}]"], "train.sharding.rules.1.mesh", "heads-rule"),
     (TPU, ["train.model.attention_kernel=splash", "train.batch.sequence_length=320"],
      ["train.model.attention_kernel=splash", "train.batch.sequence_length=384"], "train.model.attention_kernel", "kernel"),
     (TPU, ["train.model.preset=gpt-oss-20b", "train.model.expert_kernel=megablox"],

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Final
 
 from trainer.config.attention import KERNEL_BLOCK
-from trainer.config.context import Ring, Ulysses, context_fits, is_balanced
+from trainer.config.context import Ring, Ulysses, context_fits, heads_leave_the_rows, is_balanced
 from trainer.config.data import ArrayRecord, Bytes, JsonLines, Parquet, PythonStandardLibrary, Synthetic, Text
 from trainer.config.diloco import diloco_fits, one_world, worlds_apart, worlds_fit
 from trainer.config.layouts import batch_divides, length_shards, mesh_axes_are_used, model_divides, rules_are_known, weights_are_split
@@ -38,6 +38,7 @@ def check_train(config: TrainConfig, *, slices: int, devices_per_slice: int, pro
         yield from batch_divides(config, shape)
         yield from ramp_up_fits(config, shape)
         yield from context_fits(config, shape)
+        yield from heads_leave_the_rows(config, shape)
         yield from model_divides(config, shape)
         yield from mesh_axes_are_used(config, shape)
         yield from kernel_fits(config, shape)

@@ -183,3 +183,22 @@ def context_fits(config: TrainConfig, mesh: Mapping[str, int]) -> Iterator[Probl
                 path = f"model.segments.{s}.pattern.{p}.attention.heads"
                 hint = f"a degree that divides {split.heads}, less tensor, or sharding.context: {{type: ring}}"
                 yield Problem(path=path, message=message, hint=hint, code="context", value=block.attention.heads, limit=split.ways)
+
+
+def heads_leave_the_rows(config: TrainConfig, mesh: Mapping[str, int]) -> Iterator[Problem]:
+    """A rule for heads takes no mesh axis that splits the batch or the length: queries and keys lie beside their positions."""
+    rules, own = config.sharding.table(), config.sharding.rules
+    rows = config.batch.global_batch // config.batch.accumulation, config.batch.sequence_length
+    reported: set[int] = set()
+    for block in config.model.blocks:
+        attention = block.attention
+        for axes, heads in ((QUERY_AXES, attention.heads), (KEY_AXES, attention.kv_heads)):
+            found = resolve(axes, (*rows, heads, 1), mesh, rules)
+            number = next((n for n, rule in enumerate(own) if rule.weight is None and rule.rule == found.winners[2]), None)
+            if number is None or number in reported or found.spec[:2] == resolve(axes[:2], rows, mesh, rules).spec:
+                continue
+            reported.add(number)
+            taken = "+".join(own[number].mesh)
+            message = f"{axes[2]} over {taken} takes what the rules for batch and length split the rows of attention over"
+            hint = "mesh axes that split neither, such as tensor; or leave the rule out"
+            yield Problem(path=f"sharding.rules.{number}.mesh", message=message, hint=hint, code="heads-rule", value=taken)

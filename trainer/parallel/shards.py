@@ -32,12 +32,12 @@ def mesh_axes_of(axes: Axes, shape: Sequence[int], dim: int) -> tuple[str, ...]:
 def map_shards(
     function: Callable[..., jax.Array],
     arrays: Sequence[jax.Array | None],
-    axes: Sequence[Axes],
+    axes: Sequence[Axes | PartitionSpec],
     *,
     like: int,
     more: tuple[Any, Any] | None = None,
 ) -> jax.Array:
-    """`function` of the shards each device holds of `arrays`, which are laid out as their logical `axes` say.
+    """`function` of the shards each device holds of `arrays`, which are laid out as their logical `axes`, or a PartitionSpec, say.
 
     The result is laid out as array number `like` is. What is exchanged, the function exchanges. more: a tree that the function
     takes last, and a tree of PartitionSpecs for it; only on a mesh of several devices.
@@ -45,7 +45,10 @@ def map_shards(
     layout = current_layout()
     if layout is None or layout.mesh.size == 1:
         return function(*arrays)
-    specs = tuple(PartitionSpec() if array is None else layout.spec(names, array.shape) for array, names in zip(arrays, axes, strict=True))
+    specs = tuple(
+        names if isinstance(names, PartitionSpec) else PartitionSpec() if array is None else layout.spec(names, array.shape)
+        for array, names in zip(arrays, axes, strict=True)
+    )
     trees, tree_specs = ((), ()) if more is None else ((more[0],), (more[1],))
     # Its checker has no rule for a Pallas call.
     mapped = jax.shard_map(function, mesh=layout.mesh, in_specs=(*specs, *tree_specs), out_specs=specs[like], check_vma=False)

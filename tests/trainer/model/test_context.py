@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from typing import Any, Final
 
 import jax
@@ -33,7 +34,12 @@ def rows(length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def values_and_gradients(
-    spec: Attention, length: int, kernel: Any, mesh: dict[str, int] | None = None, context: dict[str, Any] | None = None
+    spec: Attention,
+    length: int,
+    kernel: Any,
+    mesh: dict[str, int] | None = None,
+    context: dict[str, Any] | None = None,
+    rules: Sequence[dict[str, Any]] = (),
 ) -> list[np.ndarray]:
     """The output where it counts, and the gradients by queries, keys, values and sinks, tokens in order."""
     random = np.random.default_rng(7)
@@ -57,7 +63,7 @@ def values_and_gradients(
         gradients, mixed = run(query, key, value, sinks, cotangent, positions, segments)
         return [np.asarray(array) for array in (mixed, *gradients)]
     described = config(
-        f"mesh.ici={json.dumps(mesh)}", f"sharding.context={json.dumps(context)}",
+        f"mesh.ici={json.dumps(mesh)}", f"sharding.context={json.dumps(context)}", f"sharding.rules={json.dumps(rules)}",
         f"batch.sequence_length={length}", f"batch.global_batch={ROWS}",
     )  # fmt: skip
     where = layout(described, int(np.prod(list(mesh.values())))).in_steps(described)
@@ -73,12 +79,18 @@ def values_and_gradients(
 
 
 def assert_equal_to_plain(
-    changes: dict[str, Any], mesh: dict[str, int], context: dict[str, Any], *, length: int = 64, kernel: str = "plain"
+    changes: dict[str, Any],
+    mesh: dict[str, int],
+    context: dict[str, Any],
+    *,
+    length: int = 64,
+    kernel: str = "plain",
+    rules: Sequence[dict[str, Any]] = (),
 ) -> None:
     spec = Attention(**{"heads": 8, "kv_heads": 4, "head_dim": 8, **changes})
     with jax.default_matmul_precision("highest"):
         plain = values_and_gradients(spec, length, "plain")
-        ours = values_and_gradients(spec, length, kernel, mesh, context)
+        ours = values_and_gradients(spec, length, kernel, mesh, context, rules)
     for expected, found in zip(plain, ours, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -98,6 +110,11 @@ FULL_FORM: Final = {"window": 13, "soft_cap": 3.0, "sinks": True, "kv_heads": 2}
 )
 def test_output_and_gradients_are_those_of_plain_attention(changes: dict[str, Any], mesh: dict[str, int], context: dict[str, Any]) -> None:
     assert_equal_to_plain(changes, mesh, context)
+
+
+@pytest.mark.full
+def test_sinks_lie_with_their_heads_where_rows_have_taken_the_axis_of_heads() -> None:
+    assert_equal_to_plain({"sinks": True}, {"context": 2, "tensor": 2}, GATHER, rules=[{"axis": "batch", "mesh": ["tensor"]}])
 
 
 METHODS = {
