@@ -71,7 +71,7 @@ def _totals(totals: Mapping[str, Any]) -> Iterator[str]:
     ]
     yield _indented(table(rows, ("total", "a device", "replicated")))
     share, limit = totals["unsharded_share"], totals["unsharded_limit"]
-    yield f"  {share:.2%} of the parameters are not split over every mesh axis for weights; the limit is {limit:.0%}"
+    yield f"  {share:.2%} of the parameters are not split over every mesh axis for weights; the limit is {100 * limit:.4g}%"
     for entry in totals["largest_unsharded"]:
         yield f"    {entry['share']:.2%}  {entry['tensor']}, not over {_joined(entry['not_over'])}"
 

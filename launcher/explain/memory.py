@@ -46,7 +46,7 @@ class Memory:
 
 def device_memory(config: TrainConfig, mesh: Mapping[str, int], *, tpu: bool = False) -> Memory:
     """Of a training step on `mesh` (mesh axis -> degree), of TPUs or of other devices."""
-    model, tensor = config.model, mesh.get("tensor", 1) * mesh.get("tensor_sequence", 1)
+    model, tensor = config.model, _tensor(mesh)
     kept = parameter_bytes(config, mesh)
     replicas = 1 if config.diloco is None else mesh.get("diloco", 1)
     sequences = math.ceil(config.batch.global_batch / (config.batch.accumulation * replicas * batch_shards(mesh, config.sharding)))
@@ -61,7 +61,7 @@ def device_memory(config: TrainConfig, mesh: Mapping[str, int], *, tpu: bool = F
         outside = segment.repeats
         if plan is not None and plan.segment == index:
             outside -= plan.patterns
-            stages = _stages(config, plan, segment, tokens, tensor, length)
+            stages = _stages(config, plan, segment, tokens, mesh, length)
             saved, working, pipeline = saved + stages.saved, max(working, stages.at_work), stages.held
         if not outside:
             continue
@@ -71,7 +71,7 @@ def device_memory(config: TrainConfig, mesh: Mapping[str, int], *, tpu: bool = F
             brought = brought_bytes(block, config, mesh, sequences=config.batch.global_batch // (config.batch.accumulation * replicas))
             everything = _none(model, block, length, tensor) * tokens * width_bytes
             # Both the recomputed layer and its gradient, and the layer's weights gathered over fsdp.
-            working = max(working, 2 * (everything + brought) + _layer_weights(model, block) // tensor * width_bytes)
+            working = max(working, 2 * (everything + brought) + _layer_weights(model, block, mesh) * width_bytes)
     return Memory(
         parameters=kept if config.diloco is None else 3 * kept,  # outer ones and their momentum too
         optimizer=optimizer_bytes(config, mesh) if config.optimizer.state_memory == "device" else 0,
@@ -93,15 +93,16 @@ class _Stages:
     held: int
 
 
-def _stages(config: TrainConfig, plan: PipelinePlan, segment: Segment, tokens: int, tensor: int, length: int) -> _Stages:
+def _stages(config: TrainConfig, plan: PipelinePlan, segment: Segment, tokens: int, mesh: Mapping[str, int], length: int) -> _Stages:
     """A stage keeps its input for every iteration, and of its layers what the remat policy keeps; all of its layers are at work."""
     model, schedule, layers = config.model, plan.schedule, plan.patterns_per_stage
+    tensor = _tensor(mesh)
     width_bytes = 2 if config.model.compute_dtype == "bfloat16" else FLOAT32
     of_microbatch = tokens // schedule.lanes  # tokens of a device outside of the pipeline, where stages split the batch
     inputs = 0 if model.remat == "none" else model.width
     kept = sum(max(0, _saved_per_token(model, block, length, tensor) - inputs) for block in segment.pattern)
     everything = sum(_none(model, block, length, tensor) for block in segment.pattern)
-    weights = sum(_layer_weights(model, block) for block in segment.pattern) * layers // tensor
+    weights = sum(_layer_weights(model, block, mesh) for block in segment.pattern) * layers
     more_whole = {"iteration": 0, "once": schedule.repeats, "repeat": 2}[plan.gather]
     waiting = 2 * (schedule.lanes + schedule.hop) * of_microbatch * model.width
     return _Stages(
@@ -199,8 +200,19 @@ def _none(model: Model, block: Block, length: int, tensor: int) -> int:
     return _products(model, block, tensor) + 2 * _scores(block, length, tensor) + 4 * model.width + 2 * block.mlp.active_hidden // tensor
 
 
-def _layer_weights(model: Model, block: Block) -> int:
-    """Elements of the layer's matrices; of a mixture, those of all experts."""
+def _layer_weights(model: Model, block: Block, mesh: Mapping[str, int]) -> int:
+    """Elements of the layer's matrices that a device computes with; of a mixture, those of its experts."""
     one = Segment(pattern=(block,), repeats=1)
     declared = weights(model.model_copy(update={"segments": (one,)}))
-    return sum(math.prod(weight.layer_shape) for weight in declared if weight.inputs and weight.path.startswith("segments/"))
+    experts = mesh.get("expert", 1)
+    whole = sum(
+        math.prod(weight.layer_shape) // (experts if "expert" in weight.axes else 1)
+        for weight in declared
+        if weight.inputs and weight.path.startswith("segments/")
+    )
+    return whole // _tensor(mesh)
+
+
+def _tensor(mesh: Mapping[str, int]) -> int:
+    """Ways that heads, hidden dims and the vocabulary are split."""
+    return mesh.get("tensor", 1) * mesh.get("tensor_sequence", 1)

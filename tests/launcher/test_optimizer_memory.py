@@ -43,3 +43,10 @@ def test_the_bytes_of_an_optimizer_are_those_of_the_state_on_one_device(name: st
     model = nnx.filter_state(spec.abstract["model"], spec.trained)
     trained = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in jax.tree.leaves(model))
     assert memory.gradients == trained
+
+
+def test_of_a_layer_at_work_a_device_holds_its_own_experts_only() -> None:
+    run = config(model={"preset": "mixtral-8x7b"}, batch={"global_batch": 64, "sequence_length": 4096})
+    whole, split = (device_memory(run, mesh).layer_at_work for mesh in ({"fsdp": 64}, {"fsdp": 8, "expert": 8}))
+    experts = 8 * 3 * 4096 * 14336
+    assert whole - split == 2 * (experts - experts // 8)  # bfloat16
