@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import PartitionSpec
 
 from trainer.config.attention import KERNEL_BLOCK
 from trainer.config.model import AttentionKernel
-from trainer.parallel.shards import Axes, map_shards, mesh_axes_of, on_tpu
+from trainer.parallel.shards import Axes, map_shards, mesh_axes_of, on_tpu, spec_of_dim
 
 LARGEST_BLOCK: Final = 512
 HEADS: Final = 2
@@ -53,7 +52,9 @@ def splash_attention(
     query_axes, _ = axes
     local = partial(whole_rows, window=window, soft_cap=soft_cap)
     arrays = [query_BTNH, key_BTKH, value_BTKV, segments_BT, sinks_N]
-    return map_shards(local, arrays, [query_axes, key_axes, key_axes, query_axes[:HEADS], of_heads(query_axes, query_BTNH)], like=0)
+    return map_shards(
+        local, arrays, [query_axes, key_axes, key_axes, query_axes[:HEADS], spec_of_dim(query_axes, query_BTNH.shape, HEADS)], like=0
+    )
 
 
 def keys_beside_queries(
@@ -68,11 +69,6 @@ def keys_beside_queries(
         return key_BTKH, value_BTKV, key_axes
     group = query_BTNH.shape[HEADS] // key_BTKH.shape[HEADS]
     return jnp.repeat(key_BTKH, group, axis=HEADS), jnp.repeat(value_BTKV, group, axis=HEADS), query_axes
-
-
-def of_heads(query_axes: Axes, query_BTNH: jax.Array) -> PartitionSpec:
-    """Of an array [N]: as the heads of the queries lie, whose rows may have taken what a rule for heads names."""
-    return PartitionSpec(mesh_axes_of(query_axes, query_BTNH.shape, HEADS) or None)
 
 
 def whole_rows(

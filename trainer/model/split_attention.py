@@ -16,12 +16,12 @@ from trainer.config.context import Gather, Ring, Ulysses
 from trainer.config.model import AttentionKernel
 from trainer.model.attend import Rows, attend, attention_mask
 from trainer.model.blockwise import block_visit
-from trainer.model.kernels import HEADS, keys_beside_queries, make_kernel, of_heads, run_kernel, uses_splash, whole_rows
+from trainer.model.kernels import HEADS, keys_beside_queries, make_kernel, run_kernel, uses_splash, whole_rows
 from trainer.model.ring_kernel import splash_visit
 from trainer.parallel.context import Split, heads_to_tokens, tokens_to_heads
 from trainer.parallel.ring import Part, ring_attention
 from trainer.parallel.sharding import current_layout
-from trainer.parallel.shards import Axes, map_shards
+from trainer.parallel.shards import Axes, map_shards, spec_of_dim
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def attend_split(
     key_BTKH, value_BTKV, key_axes = keys_beside_queries(query_BTNH, key_BTKH, value_BTKV, axes)
     query_axes, length = axes[0], query_BTNH.shape[1]
     arrays = [query_BTNH, key_BTKH, value_BTKV, *rows, sinks_N]
-    names = [query_axes, key_axes, key_axes, query_axes[:HEADS], query_axes[:HEADS], of_heads(query_axes, query_BTNH)]
+    names = [query_axes, key_axes, key_axes, query_axes[:HEADS], query_axes[:HEADS], spec_of_dim(query_axes, query_BTNH.shape, HEADS)]
     local_heads = layout.sharding(query_axes, query_BTNH.shape).shard_shape(query_BTNH.shape)[HEADS]
     match layout.sharding_config.context:
         case Ulysses() if local_heads % split.ways == 0:

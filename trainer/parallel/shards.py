@@ -29,6 +29,11 @@ def mesh_axes_of(axes: Axes, shape: Sequence[int], dim: int) -> tuple[str, ...]:
     return _names(entry)
 
 
+def spec_of_dim(axes: Axes, shape: Sequence[int], dim: int) -> PartitionSpec:
+    """Of an array that has nothing but this dim: split as in the whole one, whose other dims may have taken what a rule names."""
+    return PartitionSpec(mesh_axes_of(axes, shape, dim) or None)
+
+
 def map_shards(
     function: Callable[..., jax.Array],
     arrays: Sequence[jax.Array | None],
