@@ -43,13 +43,14 @@ def command(
     from launcher.cli.tool import run_trainer_module
     from launcher.errors import NotFound, ToolFailed, Unavailable
     from launcher.explain.compiled import described, target_of
+    from launcher.spec import from_yaml
 
     if topology is not None:
         overrides = ["cpu=null", f"tpu={{type: {topology}, slices: {slices or 1}}}", *overrides]
+    elif slices is not None:
+        overrides = [*overrides, f"{from_yaml(spec, overrides).layout.target}.slices={slices}"]
     # As a job of this machine: the image and the pods' files do not matter to the compiler.
     job = load(spec, overrides, target="local")
-    if slices is not None and topology is None:
-        job = load(spec, [*overrides, f"{job.layout.target}.slices={slices}"], target="local")
     if hlo is not None and not hlo.parent.is_dir():
         raise NotFound(f"--hlo: there is no folder {hlo.parent}")
     target = target_of(job)

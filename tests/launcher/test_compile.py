@@ -102,7 +102,7 @@ def test_an_executable_of_another_program_is_not_run_and_the_log_says_what_chang
         (["--set", "train.compiler.options.xla_nonsense=1"], {}, 64, "compiler.options.xla_nonsense: cpu: "),
         (["--topology", "v5z-8"], {}, 64, "no TPU family is called 'v5z'"),
         (["--hlo", "nowhere/step.hlo"], {}, 66, "there is no folder nowhere"),
-        (["--set", "train.mesh.ici={data: 3}"], {}, 64, "data=3 needs a multiple of 3 devices per slice, has 8"),
+        (["--slices", "3", "--set", "train.mesh.dcn={data: 2}"], {}, 64, "data=2 needs 2 slices, has 3"),
     ],
     ids=["option", "topology", "folder", "mesh"],
 )
