@@ -13,12 +13,10 @@ from launcher.manifest.volumes import OWN_MOUNTS
 from launcher.redact import SECRET_NAME, has_secret_form, looks_random
 from launcher.spec import JobSpec, Layout
 from launcher.spec.capacity import Spot
+from launcher.spec.job import MAX_GRACE_SECONDS
 from launcher.spec.pod import FromSecret
 from trainer import contract
 from trainer.config import Problem
-
-MAX_GRACE_SECONDS: Final = 3600
-"""Of `grace_seconds`."""
 
 MIN_GRACE_SECONDS: Final = contract.SURVIVOR_WAIT_SECONDS + 5
 """A process that lost a peer waits this long for the cause before it exits."""

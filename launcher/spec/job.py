@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Final, Literal, Self, cast
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -15,6 +15,8 @@ from launcher.spec.pod import DEFAULT_IMAGES, EnvValue, Image, Int32, Network, R
 from trainer.config import ConfigError, Problem, TrainConfig
 from trainer.config.base import Node
 from trainer.config.diloco import one_world, worlds_apart
+
+MAX_GRACE_SECONDS: Final = 3600
 
 Security = Literal["restricted", "root_no_caps", "privileged"]
 
@@ -60,7 +62,7 @@ class JobSpec(Node):
     volumes: tuple[Volume, ...] = ()
     resources: Resources = Resources()
     network: Network = Network()
-    grace_seconds: Annotated[int, Field(ge=1, le=3600, strict=True)] | None = None
+    grace_seconds: Annotated[int, Field(ge=1, le=MAX_GRACE_SECONDS, strict=True)] | None = None
     """Time between SIGTERM and SIGKILL. Default: 25 on spot capacity, else 120."""
     placement: PlacementField | None = None
     """Default: exclusive node pools for multi-host TPU slices, none otherwise."""

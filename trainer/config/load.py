@@ -177,9 +177,8 @@ def _problem(model: type[BaseModel], detail: Any, *, show: bool) -> Problem:
         choices = [choice.strip("' ") for choice in context["expected"].replace(" or ", ", ").split(",")]
         close = near_miss(value, choices) if isinstance(value, str) else None
         message, hint = f"{message}, got {_short(value)}", f"did you mean {close!r}?" if close else ""
-    elif kind in ("too_short", "too_long"):
-        bound = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
-        message = f"must have {bound}, not {context['actual_length']}" if context["actual_length"] else f"is empty: {bound} needed"
+    elif kind == "too_short":
+        message = f"must have at least {context['min_length']}, not {context['actual_length']}"
     elif kind == "string_type":
         message, hint = f"must be text, not {_kind(value)}", "put it in quotes" if isinstance(value, str | int | float) else ""
     else:
