@@ -50,11 +50,12 @@ fi
 rm -f .venv/stamp-*
 echo "installing $lock into .venv" >&2
 if command -v uv >/dev/null 2>&1; then
-    # Compiled once, here: otherwise the first start pays for it, and every start where PYTHONDONTWRITEBYTECODE is set.
     uv pip install --quiet --compile-bytecode --python .venv/bin/python --require-hashes -r "$lock"
     uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation -e .
 else
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r "$lock"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 fi
+# Compiled once, here as above: otherwise the first start pays for it, and every start where PYTHONDONTWRITEBYTECODE is set.
+.venv/bin/python -m compileall -q launcher trainer
 stamp_of "$1" >".venv/stamp-$1"
