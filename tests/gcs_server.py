@@ -186,13 +186,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        body = bytearray()
+            size = int(self.headers.get("Content-Length") or 0)
+            if len(body := self.rfile.read(size)) < size:
+                raise ConnectionAbortedError("the client has gone in the middle of a request: nothing of it counts")
+            return body
+        chunks = bytearray()
         while size := int(self.rfile.readline().strip(), 16):
-            body += self.rfile.read(size)
+            chunks += self.rfile.read(size)
             self.rfile.readline()
         self.rfile.readline()
-        return bytes(body)
+        return bytes(chunks)
 
     def _route(self, path: str, query: dict[str, str], body: bytes) -> None:
         if path == "/batch/storage/v1":

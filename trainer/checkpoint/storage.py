@@ -250,6 +250,7 @@ class _Bucket:
     def _as_os_error(self, path: str) -> Iterator[None]:
         from google.api_core import exceptions as api
         from google.auth.exceptions import GoogleAuthError
+        from google.cloud.storage.exceptions import DataCorruption
 
         where = f"{self.root}/{path}"
         try:
@@ -260,5 +261,5 @@ class _Bucket:
             raise FileExistsError(errno.EEXIST, error.message, where) from error
         except (api.Forbidden, api.Unauthorized, GoogleAuthError) as error:
             raise PermissionError(errno.EACCES, f"{os.strerror(errno.EACCES)}: {error}", where) from error
-        except api.GoogleAPIError as error:
+        except (api.GoogleAPIError, DataCorruption) as error:  # the latter of an answer that was cut off, or changed on its way
             raise OSError(errno.EIO, str(error), where) from error

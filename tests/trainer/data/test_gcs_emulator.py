@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
+from urllib.parse import urlsplit
 
 import fsspec
 import pytest
@@ -40,6 +42,17 @@ def test_of_many_writers_that_must_not_find_the_object_exactly_one_wins(gcs: Gcs
         thread.join()
     assert len(outcomes) == 1
     assert (epath.Path(gcs.url) / "race" / "marker").read_text() == outcomes[0]
+
+
+def test_of_a_write_whose_client_is_killed_half_way_nothing_is_stored(gcs: Gcs, client: storage.Client) -> None:
+    address = urlsplit(gcs.endpoint)
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        path = f"/upload/storage/v1/b/{gcs.bucket}/o?uploadType=media&name=half"
+        request = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf"
+        connection.sendall(request.encode())
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1) == b""  # it has given up
+    assert not client.bucket(gcs.bucket).blob("half").exists()
 
 
 def test_an_error_that_the_client_raises_is_not_logged_as_a_traceback_too(gcs: Gcs, caplog: pytest.LogCaptureFixture) -> None:
