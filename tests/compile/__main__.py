@@ -98,16 +98,14 @@ def peak(found: Mapping[str, Any]) -> str:
 
 
 def _body(regions: Iterable[Mapping[str, Any]], name: str) -> str:
-    """Kinds of collectives of the first region of that direction, the largest first: bytes, and how they run."""
-    for region in regions:
-        if same_direction(region["region"], name):
-            kinds: dict[tuple[str, str], int] = {}
-            for entry in region["collectives"]:
-                key = SHORT.get(entry["kind"], entry["kind"]), "overlapped" if entry["overlapped"] else "exposed"
-                kinds[key] = kinds.get(key, 0) + entry["bytes"]
-            listed = sorted(kinds.items(), key=lambda item: -item[1])
-            return ", ".join(f"{kind} {size / 1e6:.0f} {how}" for (kind, how), size in listed if size >= 5e5) or "-"
-    return "-"
+    """Kinds of collectives of that direction's region with the most bytes, the largest first: bytes, and how they run."""
+    there = [region["collectives"] for region in regions if same_direction(region["region"], name)]
+    kinds: dict[tuple[str, str], int] = {}
+    for entry in max(there, key=lambda entries: sum(entry["bytes"] for entry in entries), default=()):
+        key = SHORT.get(entry["kind"], entry["kind"]), "overlapped" if entry["overlapped"] else "exposed"
+        kinds[key] = kinds.get(key, 0) + entry["bytes"]
+    listed = sorted(kinds.items(), key=lambda item: -item[1])
+    return ", ".join(f"{kind} {size / 1e6:.0f} {how}" for (kind, how), size in listed if size >= 5e5) or "-"
 
 
 def _plain(value: Any) -> str:

@@ -25,7 +25,10 @@ HEAD: Final = (
     "| exposed in a layer, forward + backward, ms | in the layers of a step, ms | of the plain one |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
-CASES: Final = ("v5e-fsdp", "v5p-fsdp", "v6e-fsdp", "v5e-two-slices", "v4-fsdp", "tpu7x-fsdp")
+CASES: Final = (
+    "v5e-fsdp", "v5p-fsdp", "v6e-fsdp", "v5e-two-slices", "tpu7x-fsdp",
+    "pipeline-llama2-7b", "v6e-70b-tensor", "v6e-experts", "v5p-experts",
+)  # fmt: skip
 PLAIN, OURS = "the compiler's own", "ours"
 
 
@@ -79,6 +82,8 @@ def exposed(found: Mapping[str, Any]) -> float:
 
 def row(case: Case, what: str, found: Mapping[str, Any], ratio: float | None) -> str:
     hardware = (f"{case['slices']} x " if "slices" in case else "") + case["tpu"]
+    if "mesh" in case:
+        hardware += f": {case['model']}, {' x '.join(f'{axis} {degree}' for axis, degree in case['mesh'].items())}"
     if "memory_per_device" not in found:
         return f"| {hardware} | {what} | {found['compiler']} |" + " |" * 6
     bodies = [[region for region in layer_bodies(found) if same_direction(region["region"], name)] for name in LAYER_BODIES]

@@ -16,8 +16,8 @@ class Compiler(Node):
     """XLA options of the train step, and a step compiled beforehand. Neither changes what is computed beyond rounding."""
 
     default_options: bool = True
-    """Where `fsdp` alone splits anything (on v5e and v6e: within each slice), use the options this project measured for the TPU
-    generation (docs/compile.md); false: the compiler's own defaults."""
+    """On meshes like those they were tried on (`fsdp`, alone or with other axes within a slice), use the options this project
+    measured for the TPU generation (docs/compile.md); false: the compiler's own defaults."""
     options: dict[OptionName, OptionValue | None] = Field(default_factory=dict[str, OptionValue | None])
     """XLA compiler options by name, on top of the defaults; null takes one of the defaults away."""
     executable: Annotated[str, Field(min_length=1)] | None = None

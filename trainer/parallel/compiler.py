@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 import yaml
 from jax.sharding import Mesh
 
 from trainer.config.compiler import Compiler
-from trainer.config.mesh import used
 from trainer.config.problem import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -19,21 +19,17 @@ if TYPE_CHECKING:
 
 Options = dict[str, Any]
 
-# Generations whose options were also tried on steps of several slices.
-_TRIED_ON_SLICES: Final = ("TPU v5 lite", "TPU v6 lite")
-
 
 def compiler_options(config: Compiler, mesh: Mesh) -> Options | None:
     """Options by name for the devices of `mesh`; None where there are none.
 
-    Defaults are those of the device kind, where `fsdp` alone splits anything, or on some kinds where slices hold copies of weights that
-    `fsdp` splits: the compiler refuses some options for some programs, and they were tried on such steps.
+    Defaults are those of the device kind, on meshes like those they were tried on: the compiler refuses some options for
+    some programs.
     """
     found: Options = {}
-    kind = mesh.devices.flat[0].device_kind
-    axes = _axes_within_a_slice(mesh) if kind in _TRIED_ON_SLICES else used(dict(mesh.shape)).keys()
-    if config.default_options and axes == {"fsdp"}:
-        found = {name: entry["value"] for name, entry in _defaults().get(kind, {}).items()}
+    entry = _defaults().get(mesh.devices.flat[0].device_kind)
+    if config.default_options and entry and _tried(mesh, {*entry["axes"]}):
+        found = {name: option["value"] for name, option in entry["options"].items()}
     found |= config.options
     return {name: value for name, value in found.items() if value is not None} or None
 
@@ -56,13 +52,19 @@ def check_options(config: Compiler, device: Device) -> None:
         raise ConfigError(problems)
 
 
-def _axes_within_a_slice(mesh: Mesh) -> set[str]:
-    """Mesh axes of more than one device, without `data` where it counts the slices."""
-    shape = used(dict(mesh.shape))
-    slices = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
-    return {axis for axis, size in shape.items() if not (axis == "data" and slices > 1 and size == slices)}
+def _tried(mesh: Mesh, axes: set[str]) -> bool:
+    """Whether each slice has some of `axes` and no other, `fsdp` among them, and no axis of a slice goes on in the next."""
+    slices = np.vectorize(lambda device: getattr(device, "slice_index", None) or 0, otypes=[int])(mesh.devices)
+    within: set[str] = set()
+    for dim, axis in enumerate(mesh.axis_names):
+        stays = np.diff(slices, axis=dim) == 0
+        if stays.any():
+            within.add(axis)
+            if not stays.all():
+                return False
+    return "fsdp" in within and within <= axes
 
 
 @cache
-def _defaults() -> dict[str, dict[str, dict[str, Any]]]:
+def _defaults() -> dict[str, dict[str, Any]]:
     return yaml.safe_load((resources.files(__package__) / "compiler_options.yaml").read_text(encoding="utf-8"))

@@ -39,18 +39,21 @@ def test_the_options_of_a_kind_hold_until_the_config_says_otherwise(v5p: Mesh) -
     assert compiler_options(config("compiler.default_options=false").compiler, v5p) is None
 
 
-def test_steps_of_a_kind_that_was_not_tried_have_none(v5p: Mesh) -> None:
-    between = Mesh(v5p.devices.reshape(2, 2), ("data", "fsdp"))
-    assert compiler_options(config().compiler, between) is None
+def test_they_hold_on_meshes_of_the_axes_they_were_tried_on_that_split_weights(v5p: Mesh) -> None:
+    alone = compiler_options(config().compiler, v5p)
+    for other in ("data", "tensor", "stage"):
+        assert compiler_options(config().compiler, Mesh(v5p.devices.reshape(2, 2), (other, "fsdp"))) == alone
+    assert compiler_options(config().compiler, Mesh(v5p.devices, ("tensor",))) is None
+    assert compiler_options(config().compiler, Mesh(v5p.devices.reshape(2, 2), ("diloco", "fsdp"))) is None
 
 
-def test_slices_that_hold_copies_of_the_weights_have_the_options_of_one_where_that_was_tried() -> None:
+def test_slices_that_hold_copies_of_the_weights_have_the_options_of_one() -> None:
     devices = described("v6e:2x2", 2)
-    copies = Mesh(devices.reshape(2, 4), ("data", "fsdp"))
     alone = compiler_options(config().compiler, Mesh(devices[:4], ("fsdp",)))
-    assert alone is not None and compiler_options(config().compiler, copies) == alone
+    for copies in ((devices.reshape(2, 4), ("data", "fsdp")), (devices.reshape(2, 2, 2), ("stage", "fsdp", "tensor"))):
+        assert alone is not None and compiler_options(config().compiler, Mesh(*copies)) == alone
+    assert compiler_options(config().compiler, Mesh(devices, ("fsdp",))) is None  # weights would be gathered between slices
     assert compiler_options(config().compiler, Mesh(devices.reshape(4, 2), ("data", "fsdp"))) is None
-    assert compiler_options(config().compiler, Mesh(described("v5p:2x2x1", 2).reshape(2, 4), ("data", "fsdp"))) is None
 
 
 def test_devices_without_options_of_their_own_have_none() -> None:
@@ -59,5 +62,5 @@ def test_devices_without_options_of_their_own_have_none() -> None:
 
 def test_every_default_has_a_value_and_a_reason() -> None:
     table = yaml.safe_load((compiler.resources.files("trainer.parallel") / "compiler_options.yaml").read_text(encoding="utf-8"))
-    entries = [entry for options in table.values() for entry in options.values()]
+    entries = [entry for kind in table.values() for entry in kind["options"].values()]
     assert all(entry.keys() == {"value", "reason"} and entry["reason"] for entry in entries)
