@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from trainer.config.mesh import AxisDegrees, Mesh
 from trainer.config.pipeline import Gather, PipelinePlan
@@ -18,6 +19,8 @@ from trainer.parallel.pipeline import Policy, StageWeight, Use, run_pipeline
 from trainer.parallel.sharding import Layout, use_layout
 
 WIDTH, LENGTH = 8, 3
+PRODUCT = "product"
+"""Name of a layer's product with its weight, for what the backward pass keeps."""
 WEIGHT_AXES = ("repeat", "stage", "layer", "embed", "mlp")
 X_AXES = ("batch", "act_length", "act_embed")
 
@@ -57,7 +60,7 @@ class Case:
 
 
 def layer(x: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
-    return x + scale[..., None] * jnp.tanh(x @ weight)
+    return x + scale[..., None] * jnp.tanh(checkpoint_name(x @ weight, PRODUCT))
 
 
 def in_order(weight: jax.Array, x: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -9,21 +9,24 @@ from itertools import product
 import jax
 import pytest
 
-from tests.trainer.pipelines import Case, assert_equal_to_layers_in_order, pipelined, with_gradients
+from tests.trainer.pipelines import PRODUCT, Case, assert_equal_to_layers_in_order, pipelined, with_gradients
 
 COMMITTED = (
     Case(stages=1, microbatches=2, fsdp=2),
     Case(stages=2, repeats=3, microbatches=2, fsdp=2, data=2),
     Case(stages=2, repeats=2, microbatches=4, patterns=2, delay=True, gather="once", fsdp=2),
-    Case(stages=4, microbatches=4, patterns=2, fsdp=2),
+    Case(stages=4, microbatches=8, patterns=2, delay=True, fsdp=2),
     Case(stages=4, repeats=3, microbatches=8, gather="repeat", fsdp=2),
     Case(stages=8, repeats=2, microbatches=16, delay=True, gather="repeat"),
 )
 
 
+NAN = float("nan")
+
+
 @pytest.mark.parametrize("case", COMMITTED, ids=str)
-def test_loss_gradients_and_by_products_are_those_of_the_layers_in_order(case: Case) -> None:
-    assert_equal_to_layers_in_order(case)
+def test_loss_gradients_and_by_products_are_those_of_the_layers_in_order_though_bubbles_hold_nan(case: Case) -> None:
+    assert_equal_to_layers_in_order(case, idle=NAN)
 
 
 @pytest.mark.full
@@ -35,19 +38,19 @@ def test_so_they_are_for_every_legal_shape(stages: int, repeats: int, delay: boo
     for lanes, patterns, gather in product((2, 4) if delay else (1, 2, 4), (1, 2), gathers):
         fsdp = min(2, 8 // stages)
         assert_equal_to_layers_in_order(
-            Case(stages=stages, repeats=repeats, microbatches=lanes * stages, patterns=patterns, delay=delay, gather=gather, fsdp=fsdp)
+            Case(stages=stages, repeats=repeats, microbatches=lanes * stages, patterns=patterns, delay=delay, gather=gather, fsdp=fsdp),
+            idle=NAN,
         )
 
 
-@pytest.mark.parametrize(("gather", "delay"), [("iteration", True), ("repeat", False)])
-def test_nan_in_the_slots_of_bubbles_reaches_neither_loss_nor_gradient(gather: str, delay: bool) -> None:
-    case = Case(stages=4, repeats=2, microbatches=8, gather=gather, delay=delay)  # pyright: ignore[reportArgumentType]
-    assert_equal_to_layers_in_order(case, idle=float("nan"))
+OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[], names_which_can_be_offloaded=[PRODUCT], offload_src="device", offload_dst="pinned_host"
+)
 
 
-def test_a_remat_policy_changes_nothing_but_what_is_kept() -> None:
+def test_a_remat_policy_changes_nothing_but_what_is_kept_and_where() -> None:
     case = Case(stages=2, repeats=2, microbatches=4, fsdp=2, gather="repeat")
-    assert_equal_to_layers_in_order(case, policy=jax.checkpoint_policies.nothing_saveable)
+    assert_equal_to_layers_in_order(case, policy=OFFLOAD)
 
 
 COLLECTIVE = re.compile(r"= \S+ (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")

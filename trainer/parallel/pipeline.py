@@ -190,8 +190,12 @@ def _by_repeat(
     window: its backward pass gathers the weights of both repeats anew.
     """
     R, M = schedule.repeats, schedule.microbatches
-    inputs_only = jax.checkpoint_policies.save_only_these_names(INPUT)
-    keep = jax.checkpoint_policies.save_from_both_policies(inputs_only, policy or _computed)
+    inputs, others = jax.checkpoint_policies.save_only_these_names(INPUT), policy or _computed
+
+    # JAX's own union takes no policy that offloads.
+    def keep(primitive: Any, *avals: Any, **params: Any) -> Any:
+        return inputs(primitive, *avals, **params) or others(primitive, *avals, **params)
+
     axes = [weight.axes for weight in weights]
 
     def window(carry: _Carry, inputs: tuple[list[jax.Array], Turn]) -> tuple[_Carry, Any]:
