@@ -84,7 +84,9 @@ def sum_over_batch_shards(
         return jax.lax.psum(function(weight, *rows), tuple(manual))
 
     specs = (PartitionSpec(*(axes or None for axes in split)), *(spec for _ in rows))
-    mapped = jax.shard_map(inside, mesh=layout.mesh, in_specs=specs, out_specs=PartitionSpec(), axis_names=manual, check_vma=False)
+    # A step of replicas is mapped over their axis: what that splits has to be manual here too.
+    names = manual | {axis for axis in ("diloco",) if layout.mesh.shape.get(axis, 1) > 1}
+    mapped = jax.shard_map(inside, mesh=layout.mesh, in_specs=specs, out_specs=PartitionSpec(), axis_names=names, check_vma=False)
     return mapped(weight, *rows)
 
 
