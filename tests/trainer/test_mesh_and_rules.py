@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax.experimental import topologies
 from tests.trainer.configs import config, layout
 from tests.trainer.sharding_goldens import CASES, golden, text
 from trainer.aot.hlo import regions
-from trainer.config import ConfigError
+from trainer.config import ConfigError, validate
 from trainer.config.checks import check_train
 from trainer.config.mesh import MESH_AXES, AxisDegrees, Mesh, used
 from trainer.config.rules import RULES, STACKED, Rule, resolve, shard_elements, split_further
@@ -145,16 +146,30 @@ def test_an_ici_axis_never_crosses_a_slice() -> None:
         assert {device.id // 4 for device in mesh.devices[0, data].flat} == {data}
 
 
-@given(st.sampled_from((1, 2, 4)), st.permutations(MESH_AXES), st.permutations(MESH_AXES), st.booleans(), st.booleans())
-def test_devices_that_differ_in_ici_degrees_only_are_of_one_slice(slices: int, ici_axes, dcn_axes, split: bool, rest: bool) -> None:
-    within = 8 // slices
-    parts = (2, within // 2) if split and within > 2 else (within,)
-    ici = dict(zip(ici_axes, parts, strict=False)) if within > 1 else {}
-    dcn = {dcn_axes[0]: -1 if rest else slices} if slices > 1 else {}
-    mesh = build_mesh(Mesh(ici=AxisDegrees(**ici), dcn=AxisDegrees(**dcn)), jax.devices(), slices=slices)
+@st.composite
+def hybrids(draw: st.DrawFn) -> tuple[Mesh, dict[str, int], int]:
+    """A mesh for eight devices, its ICI degrees solved, its slices; one degree may be -1 on either link."""
+    slices = draw(st.sampled_from((1, 2, 4, 8)))
+    links: list[tuple[dict[str, int], dict[str, int]]] = []
+    for total in (8 // slices, slices):
+        axes = iter(draw(st.permutations(MESH_AXES)))
+        outer = draw(st.sampled_from([n for n in (1, 2, 4) if total % n == 0]))
+        degrees = {next(axes): n for n in (outer, total // outer) if n > 1} or {next(axes): 1}
+        open_axis = draw(st.sampled_from([None, *degrees]))
+        links.append((degrees, {axis: -1 if axis == open_axis else degree for axis, degree in degrees.items()}))
+    (ici, given_ici), (_, given_dcn) = links
+    return Mesh(ici=AxisDegrees(**given_ici), dcn=AxisDegrees(**given_dcn)), ici, slices
+
+
+@given(hybrids(), st.permutations(range(8)))
+def test_devices_that_differ_in_ici_degrees_only_are_of_one_slice_in_whatever_order_they_are_listed(hybrid, order) -> None:
+    config, ici, slices = hybrid
+    mesh = build_mesh(config, [jax.devices()[n] for n in order], slices=slices)
+    found: dict[tuple[int, ...], set[int]] = {}
     for index, device in np.ndenumerate(mesh.devices):
-        outer = [place // ici.get(axis, 1) for axis, place in zip(MESH_AXES, index, strict=True)]
-        assert device.id // within == max(outer)  # at most one axis is split between slices
+        outer = tuple(place // ici.get(axis, 1) for axis, place in zip(MESH_AXES, index, strict=True))
+        found.setdefault(outer, set()).add(device.id * slices // 8)
+    assert len(found) == slices and all(len(of) == 1 for of in found.values()) and len(set.union(*found.values())) == slices
 
 
 def test_dcn_is_the_outer_part_of_an_axis_that_has_both() -> None:
@@ -171,6 +186,34 @@ def test_degrees_that_do_not_fit_are_refused_with_the_arithmetic() -> None:
         AxisDegrees(data=2, fsdp=64).solve(120, "devices per slice")
     with pytest.raises(ConfigError, match="8 devices cannot be split over 3 slices"):
         build_mesh(Mesh(), jax.devices(), slices=3)
+    with pytest.raises(ConfigError, match="stage=3 needs a multiple of 3 slices, has 2: stage=2 divides"):
+        build_mesh(Mesh(dcn=AxisDegrees(stage=3, data=-1)), jax.devices(), slices=2)
+    with pytest.raises(ConfigError, match="only one degree may be -1"):
+        validate(Mesh, {"dcn": {"data": -1, "stage": -1}, "ici": {"fsdp": -1}})
+
+
+degrees = st.dictionaries(st.sampled_from(MESH_AXES), st.integers(1, 12), max_size=3)
+
+
+open_axes = st.one_of(st.none(), st.sampled_from(MESH_AXES))
+
+
+@given(degrees, open_axes, st.integers(1, 144))
+def test_the_change_an_error_names_divides_and_without_one_there_is_none(fixed: dict[str, int], rest: str | None, total: int) -> None:
+    fixed = {axis: degree for axis, degree in fixed.items() if axis != rest}
+    opened = {rest: -1} if rest else {}
+    try:
+        solved = AxisDegrees(**fixed, **opened).solve(total, "slices")
+    except ValueError as error:
+        named = re.search(r"has (\d+): (?:(\w+)=(\d+)|no change of one degree) divides$", str(error))
+        assert named and int(named[1]) == total
+        if named[2]:
+            assert math.prod(AxisDegrees(**{**fixed, named[2]: int(named[3]), **opened}).solve(total, "slices").values()) == total
+        else:
+            others = [math.prod(fixed.values()) // degree for degree in fixed.values() if degree > 1]
+            assert not others or all(total % other or (rest and total == other) for other in others)
+    else:
+        assert math.prod(solved.values()) == total and fixed.items() <= solved.items()
 
 
 def test_slices_are_those_the_tpu_runtime_names() -> None:
@@ -180,6 +223,8 @@ def test_slices_are_those_the_tpu_runtime_names() -> None:
         assert {device.slice_index for device in mesh.devices[0, data].flat} == {data}
     with pytest.raises(ConfigError, match="expected 4 slices of equal size, found slices of 4, 4 devices"):
         build_mesh(Mesh(), devices, slices=4)
+    with pytest.raises(ConfigError, match="expected 2 slices of equal size, found slices of 4, 3 devices"):
+        build_mesh(Mesh(), devices[:-1], slices=2)
 
 
 TABLE, ROWS = (64, 32), (8, 16)
