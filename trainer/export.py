@@ -11,11 +11,11 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from etils import epath
 
-from trainer.checkpoint.huggingface_files import CONFIG_FILE, INDEX_FILE
+from trainer.checkpoint.huggingface_files import CONFIG_FILE, INDEX_FILE, UNFINISHED
 from trainer.config import ConfigError
 from trainer.config.weights import parameter_count
 from trainer.contract import Exit
@@ -23,7 +23,6 @@ from trainer.errors import CheckpointError, TrainerError
 
 Format = Literal["huggingface", "parameters"]
 Layers = Literal["scan", "unroll"]
-UNFINISHED: Final = "UNFINISHED"
 
 
 def export(
@@ -53,6 +52,7 @@ def export(
     with ExitStack() as opened:
         _clear(target)
         found = open_parameters(source, opened, step=step, weights=weights)
+        model = found.model
         for note in found.notes:
             print(f"note: {source}: {note}", file=sys.stderr)
         dtype = dtype or found.dtype
@@ -63,7 +63,7 @@ def export(
                 found.read, found.model, out, dtype=dtype or "float32", layers=layers, facts=facts, companions=found.companions
             )
         else:
-            export_huggingface(
+            model = export_huggingface(
                 found.read,
                 found.model,
                 out,
@@ -72,6 +72,9 @@ def export(
                 original=found.original,
                 companions=found.companions,
             )
+            if model.depth != found.model.depth:
+                left = "modules of multi-token prediction are left out: the family has no place for them; --format parameters keeps them"
+                print(f"note: {source}: {left}", file=sys.stderr)
     written = json.loads((target / ("parameters.json" if form == "parameters" else "config.json")).read_text())
     return {
         "folder": out,
@@ -79,7 +82,7 @@ def export(
         "step": found.step,
         "model_type": written.get("model_type"),
         "dtype": written.get("dtype") or written.get("torch_dtype"),
-        "parameters": parameter_count(found.model),
+        "parameters": parameter_count(model),
         "files": sorted(file.name for file in target.iterdir()),
     }
 
@@ -113,6 +116,9 @@ def _unfinished(target: epath.Path) -> Iterator[None]:
     try:
         target.mkdir(parents=True, exist_ok=True)
         mark.write_text("an export that did not come to its end; the same command begins anew\n")
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error}", hint="give a folder that can be made, and written to") from None
+    try:
         yield
         mark.unlink()
     except CheckpointError:
@@ -147,6 +153,8 @@ def guarded(run: Any) -> int:
     except TrainerError as error:
         print(f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130
     return Exit.DONE
 
 

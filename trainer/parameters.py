@@ -14,13 +14,13 @@ import numpy as np
 from etils import epath
 
 from trainer.checkpoint.arrays import read_part
-from trainer.checkpoint.commit import META_FILE, Damaged, checkpoint_directory, inspect, read_commit, verify_contents
+from trainer.checkpoint.commit import META_FILE, Damaged, checkpoint_directory, inspect, other_steps, read_commit, verify_contents
 from trainer.checkpoint.exchange import ReadLayer, holdings, layer_reader, misfits
 from trainer.checkpoint.huggingface import left_out, load_problems, open_huggingface
 from trainer.checkpoint.huggingface import sources as huggingface_sources
 from trainer.checkpoint.huggingface_config import family_of, model_from_huggingface
 from trainer.checkpoint.huggingface_families import text_config
-from trainer.checkpoint.huggingface_files import CONFIG_FILE, SafetensorsFolder
+from trainer.checkpoint.huggingface_files import CONFIG_FILE, UNFINISHED, SafetensorsFolder
 from trainer.checkpoint.parameters import PARAMETERS_FILE, is_parameters, stored_model
 from trainer.checkpoint.parameters import sources as parameters_sources
 from trainer.checkpoint.storage import Storage, open_storage
@@ -107,7 +107,7 @@ def require_average(where: str, items: Container[str]) -> None:
 
 def _of_run(directory: str, step: int | None, item: str) -> Parameters:
     storage = open_storage(checkpoint_directory(directory))
-    step = _verified_step(storage, step, item)
+    step = _verified_step(directory, storage, step, item)
     meta = json.loads(storage.read(f"{step}/{META_FILE}"))
     if item != ITEMS["trained"]:
         require_average(f"step {step} of {directory}", meta["items"])
@@ -149,22 +149,29 @@ def _repeats(weight: Weight) -> list[tuple[str, int | None]]:
     return [(weight.path, repeat) for repeat in range(weight.shape[0])] if weight.layer_dims else [(weight.path, None)]
 
 
-def _verified_step(storage: Storage, step: int | None, item: str) -> int:
+def nothing_there(source: str, skipped: Mapping[int, str]) -> CheckpointError:
+    """What to say of a source without a committed step; skipped: why those steps are none that it does hold."""
+    hint = "give the run_directory of a run that has saved, a Hugging Face folder or a parameter-only checkpoint"
+    folder = epath.Path(source)
+    if (folder / UNFINISHED).exists():
+        return CheckpointError(f"{source}: an export that did not come to its end", hint="the command that began it begins it anew")
+    if "://" not in source and not folder.exists():
+        return CheckpointError(f"{source} does not exist", hint=hint)
+    reasons = "".join(f"\n  step {step}: {reason}" for step, reason in [*skipped.items()][-3:])
+    return CheckpointError(f"{checkpoint_directory(source)} holds no committed step{reasons}", hint=hint)
+
+
+def _verified_step(source: str, storage: Storage, step: int | None, item: str) -> int:
     """The step, or the newest, after its parameters were compared with their checksums."""
     if step is None:
-        steps = inspect(storage).steps
-        if not steps:
-            hint = "give the run_directory of a run that has saved, a Hugging Face folder or a parameter-only checkpoint"
-            raise CheckpointError(f"{storage.root} holds no committed step", hint=hint)
-        step = steps[-1]
+        found = inspect(storage)
+        if not found.steps:
+            raise nothing_there(source, found.skipped)
+        step = found.steps[-1]
     try:
         commit = read_commit(storage, step)
     except Damaged as reason:
-        steps = inspect(storage).steps
-        raise CheckpointError(
-            f"step {step} of {storage.root} cannot be exported: {reason}",
-            hint=f"committed steps: {', '.join(map(str, steps)) or 'none'}",
-        ) from None
+        raise CheckpointError(f"step {step} of {storage.root} cannot be used: {reason}", hint=other_steps(storage)) from None
     needed = [path for path in commit.files if path == META_FILE or path.startswith(f"{item}/")]
     if wrong := verify_contents(storage, commit, needed):
         raise CheckpointError(f"step {step} of {storage.root} is damaged: {'; '.join(wrong[:3])}", hint="choose another with --step")

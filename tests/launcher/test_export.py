@@ -67,7 +67,7 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence(run_directory: str, 
     assert main([run_directory, "--out", str(tmp_path / "out"), "--step", "4"]) == 64
     assert "there is no such step\nhint: committed steps: 3" in capsys.readouterr().err
     assert main([str(tmp_path / "elsewhere"), "--out", str(tmp_path / "out")]) == 64
-    assert "holds no committed step" in capsys.readouterr().err
+    assert f"{tmp_path / 'elsewhere'} does not exist" in capsys.readouterr().err
     parameters = next(
         file for file in Path(run_directory, "checkpoints/3/params").rglob("*") if file.is_file() and file.stat().st_size > 1000
     )
@@ -127,6 +127,8 @@ def test_an_export_that_could_not_be_written_to_its_end_says_so_and_is_written_b
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "cannot be written: [Errno 27] File too large" in capsys.readouterr().err
     assert sorted(file.name for file in out.iterdir()) == ["UNFINISHED", "model.safetensors"]
+    assert importing.main([str(out)]) == 64
+    assert "an export that did not come to its end" in capsys.readouterr().err
     assert main([run_directory, "--out", str(out)]) == 0
     assert json.loads(capsys.readouterr().out)["files"] == ["config.json", "model.safetensors", "tokenizer.json"]
     (out / "UNFINISHED").touch()
@@ -135,6 +137,8 @@ def test_an_export_that_could_not_be_written_to_its_end_says_so_and_is_written_b
     assert "is not empty: notes.txt" in capsys.readouterr().err and (out / "notes.txt").exists()
     assert main([run_directory, "--out", str(out / "notes.txt")]) == 64
     assert "notes.txt is a file" in capsys.readouterr().err
+    assert main([run_directory, "--out", str(out / "notes.txt" / "further")]) == 64
+    assert "hint: give a folder that can be made" in capsys.readouterr().err
 
 
 def test_a_disk_without_room_a_lost_tokenizer_and_a_damaged_folder_are_sentences(

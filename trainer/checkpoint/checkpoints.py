@@ -20,6 +20,7 @@ from trainer.checkpoint.commit import (
     Damaged,
     checkpoint_directory,
     inspect,
+    other_steps,
     read_commit,
     verify_contents,
 )
@@ -59,6 +60,7 @@ class Checkpoints:
         self._operations = 0
         self._last_save = ""
         self._verified: set[int] = set()
+        self._sound: set[tuple[int, str]] = set()  # of other steps, the items that were verified
         self._skipped: dict[int, str] = {}
         self._save: Save | None = None
         self._news: list[Saved] = []
@@ -75,8 +77,9 @@ class Checkpoints:
         """The step whose save is not known to be committed yet."""
         return None if self._save is None else self._save.step
 
-    def latest_step(self) -> int | None:
-        """The newest committed step whose content is what was written; None for a new run.
+    def latest_step(self, items: tuple[str, ...] | None = None) -> int | None:
+        """The newest committed step whose content is what was written; None for a new run. items: all that is asked of it; default:
+        everything.
 
         Steps that are unfinished or damaged are passed over, reported as warnings and kept in `skipped`. Raises
         CheckpointError when the directory cannot be read or is not ours.
@@ -93,7 +96,7 @@ class Checkpoints:
             if step != self.in_flight:
                 self._skip(step, reason)
         for step in reversed(verdict["steps"]):
-            if not (wrong := self._verify(step)):
+            if not (wrong := self._verify(step, items)):
                 return step
             self._skip(step, "; ".join(wrong[:3]))
         return None
@@ -218,7 +221,7 @@ class Checkpoints:
 
     def _verify(self, step: int, items: tuple[str, ...] | None = None) -> list[str]:
         """What is wrong with the content of a step, all of it or these items; each process reads its share of the files. Agreed on."""
-        if step in self._verified:
+        if step in self._verified or (items is not None and all((step, item) in self._sound for item in items)):
             return []
         operation, deadline = self._operation(f"verify-{step}")
         wrong: list[str] = []
@@ -230,6 +233,8 @@ class Checkpoints:
         agreed = json.loads(self._peers.broadcast(operation, together if self._peers.is_primary else None, deadline=deadline))
         if not agreed and items is None:
             self._verified.add(step)
+        elif not agreed:
+            self._sound |= {(step, item) for item in items or ()}
         return agreed
 
     def _verify_share(self, step: int, items: tuple[str, ...] | None) -> list[str]:
@@ -246,7 +251,8 @@ class Checkpoints:
         try:
             read_commit(self._storage, step)
         except Damaged as reason:
-            raise CheckpointError(f"step {step} of {self._storage.root} cannot be used: {reason}") from None
+            words = f"step {step} of {self._storage.root} cannot be used: {reason}"
+            raise CheckpointError(words, hint=other_steps(self._storage)) from None
         except OSError as error:
             raise self._read_error(error) from error
 

@@ -57,6 +57,11 @@ def checkpoint_directory(run_directory: str) -> str:
     return f"{run_directory.rstrip('/')}/{CHECKPOINT_FOLDER}"
 
 
+def other_steps(storage: Storage) -> str:
+    """A hint for whoever asked for a step that cannot be used."""
+    return f"committed steps: {', '.join(map(str, inspect(storage).steps)) or 'none'}"
+
+
 def committed_steps(run_directory: str) -> list[int]:
     """Committed steps of a run whose files are all there with the right sizes, ascending."""
     return inspect(open_storage(checkpoint_directory(run_directory))).steps

@@ -134,8 +134,9 @@ def export_huggingface(
     original: Mapping[str, Any] | None = None,
     companions: Mapping[str, str] = MappingProxyType({}),
     max_file_bytes: int = MAX_FILE_BYTES,
-) -> None:
-    """Write `model` as a Hugging Face folder: safetensors and config.json.
+) -> Model:
+    """Write `model` as a Hugging Face folder: safetensors and config.json. Returns the model that is there: `model`, without modules
+    of multi-token prediction where its family has none.
 
     read: gives one repeat of a weight; what is held at a time is one layer of a weight (of two where theirs holds both).
     original: config.json of the checkpoint the run began from; its fields and dtype are kept.
@@ -150,7 +151,9 @@ def export_huggingface(
     else:
         config = config_for_huggingface(model, dtype=dtype, max_positions=max_positions)
     family = family_of(config)
-    if family.modules_keys:
+    if not family.modules_keys:
+        model = model.model_copy(update={"multi_token": None})
+    else:
         config[next((key for key in family.modules_keys if key in config), family.modules_keys[0])] = model.depth
     shapes, pieces = tensors_written(sources(model, family, copies=True), read)
     write_safetensors(folder, shapes, pieces, dtype=dtype, max_file_bytes=max_file_bytes)
@@ -159,6 +162,7 @@ def export_huggingface(
         (target / name).write_bytes(epath.Path(file).read_bytes())
     # Last: a folder with a config.json is complete.
     (target / CONFIG_FILE).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
+    return model
 
 
 def _stored(path: str, family: Family) -> Stored | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ValidationError
 
@@ -19,6 +19,18 @@ from trainer.errors import CheckpointError
 Config = Mapping[str, Any]
 
 _LONGEST_PATTERN = 8
+_KINDS: Final[Mapping[type, tuple[str, tuple[str, ...]]]] = {
+    int: ("a whole number", (
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+        "sliding_window", "max_window_layers", "sliding_window_pattern", "max_position_embeddings", "original_max_position_embeddings",
+        "num_local_experts", "num_experts", "num_experts_per_tok", "n_routed_experts", "n_shared_experts", "moe_intermediate_size",
+        "decoder_sparse_step", "first_k_dense_replace", "n_group", "topk_group", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
+        "qk_rope_head_dim", "v_head_dim", "num_nextn_predict_layers", "num_mtp_layers",
+    )),
+    float: ("a number", ("rms_norm_eps", "rope_theta", "rope_local_base_freq", "partial_rotary_factor", "query_pre_attn_scalar")),
+    dict: ("an object", ("rope_scaling", "rope_parameters")),
+    list: ("a list", ("layer_types", "mlp_only_layers")),
+}  # fmt: skip
 # How a run computes and trains, which config.json does not say: layers that differ in these alone are the same.
 _NOT_IN_CONFIG = ("mlp.dispatch", "mlp.router.bias_balancing.update_rate")
 
@@ -31,6 +43,8 @@ def model_from_huggingface(config: Config) -> Model:
     config = text_config(config)
     family = family_of(config)
     config = {**family.defaults, **family.renamed(config)}
+    if wrong := list(_of_another_kind(config)):
+        raise CheckpointError("config.json describes no model:\n" + "\n".join(f"  {line}" for line in wrong))
     if reasons := list(_unsupported(config, family)):
         raise CheckpointError("config.json asks for what this model cannot compute:\n" + "\n".join(f"  {reason}" for reason in reasons))
     try:
@@ -45,14 +59,16 @@ def model_from_huggingface(config: Config) -> Model:
             initializer_stddev=config.get("initializer_range", 0.02),
         )
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" for wrong in error.errors()]
+        lines = [f"  {': '.join((*map(str, wrong['loc']), wrong['msg'].removeprefix('Value error, ')))}" for wrong in error.errors()]
         raise CheckpointError("config.json describes no model:\n" + "\n".join(lines)) from None
 
 
 def family_of(config: Config) -> Family:
     """The family of a config.json. Raises CheckpointError with the nearest name for one that is not supported."""
     known = {family.model_type: family for family in FAMILIES}
-    model_type = str(text_config(config).get("model_type"))
+    model_type = str(text_config(config).get("model_type") or "")
+    if not model_type:
+        raise CheckpointError("config.json has no model_type", hint=f"supported: {', '.join(known)}")
     if model_type not in known:
         close = near_miss(model_type, list(known))
         raise CheckpointError(
@@ -116,6 +132,15 @@ def _runs(blocks: Sequence[Block]) -> Iterator[Segment]:
         if index == len(blocks) or blocks[index] != blocks[start]:
             yield Segment(pattern=(blocks[start],), repeats=index - start)
             start = index
+
+
+def _of_another_kind(config: Config) -> Iterator[str]:
+    for kind, (words, keys) in _KINDS.items():
+        kinds = (int, float) if kind is float else kind
+        for key in keys:
+            value = config.get(key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+                yield f"{key}: {value!r}, must be {words}"
 
 
 def _unsupported(config: Config, family: Family) -> Iterator[str]:

@@ -23,6 +23,8 @@ from trainer.errors import CheckpointError
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 CONFIG_FILE: Final = "config.json"
+UNFINISHED: Final = "UNFINISHED"
+"""A file of a folder that an export has not written to its end."""
 MAX_HEADER_BYTES: Final = 100_000_000  # the limit of the reference implementation
 
 STORED_DTYPES: Final[dict[str, np.dtype[Any]]] = {"U8": np.dtype(np.uint8), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}

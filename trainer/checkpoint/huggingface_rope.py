@@ -48,16 +48,21 @@ def rope_to_huggingface(full: Rope, local: Rope | None, *, max_positions: int) -
 
 
 def _fields(config: Config, family: Family, *, windowed: bool) -> dict[str, Any]:
-    """As transformers 5 writes them (`rope_parameters`), also from version 4's `rope_theta` and `rope_scaling`."""
+    """As transformers 5 writes them (`rope_parameters`), also from version 4's `rope_theta` and `rope_scaling`.
+
+    Where both are there `rope_scaling` counts, as in transformers: alone, or over those of the full layers.
+    """
     old: Mapping[str, Any] = config.get("rope_scaling") or ({} if config.get("rope_parameters") else family.rope)
-    new: dict[str, Any] = config.get("rope_parameters") or {}
+    new: Mapping[str, Any] = config.get("rope_parameters") or {}
     theta = config.get("rope_theta", family.theta)
     if family.rope_by_layer_type:
         if windowed:
             old, theta = {}, config.get("rope_local_base_freq", family.local_theta)
         if LOCAL in new or FULL in new:
             new = new.get(LOCAL if windowed else FULL) or {}
-    given = {key: value for key, value in {**old, **new}.items() if value is not None}
+    elif old:
+        new = {}
+    given = {key: value for key, value in {**new, **old}.items() if value is not None}
     factor = {"partial_rotary_factor": config["partial_rotary_factor"]} if config.get("partial_rotary_factor") is not None else {}
     return {"rope_theta": theta, **factor, **given, "rope_type": given.get("rope_type") or given.get("type") or "default"}
 

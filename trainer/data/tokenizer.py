@@ -42,7 +42,7 @@ class Tokenizer(Protocol):
 
 def encode_beginning(tokenizer: Tokenizer, text: str) -> list[int]:
     """`text` as the beginning of a document: its begin token, and no end token."""
-    ids: list[int] = tokenizer.encode([text.encode()])[0].tolist()
+    ids: list[int] = tokenizer.encode([text.encode(errors="replace")])[0].tolist()
     return ids[: len(ids) - len(tokenizer.end)]
 
 

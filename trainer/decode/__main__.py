@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +27,8 @@ from trainer.worker import prepare_environment
 
 LENGTH_UNIT: Final = 128
 """Caches hold a multiple of this many tokens."""
+LONGEST: Final = 2**24
+"""Positions that float32, of which RoPE's angles are made, tells apart."""
 MOST_SLOTS: Final = 16
 
 
@@ -63,6 +66,11 @@ def _generate(options: argparse.Namespace) -> None:
     texts = [*options.prompt, *_lines(options.prompts)]
     if not texts:
         raise DataError("there is no prompt", hint="give --prompt TEXT, or --prompts FILE with one on each line")
+    try:
+        settings = Sampling(options.temperature, options.top_k, options.top_p, options.min_p, seed=options.seed)
+        drawn = [replace(settings, seed=options.seed + number) for number in range(len(texts))]
+    except ValueError as error:
+        raise DataError(f"{error}") from None
     source = open_source(options.source, step=options.step, weights=options.weights, drafts=options.draft)
     named = chosen_tokenizer(options.tokenizer) if options.tokenizer else source.tokenizer
     if named is None:
@@ -77,22 +85,24 @@ def _generate(options: argparse.Namespace) -> None:
     prompts = [encode_beginning(tokenizer, text) for text in texts]
     slots = min(options.slots or MOST_SLOTS, len(prompts))
     length = math.ceil((max(map(len, prompts)) + options.max_tokens) / LENGTH_UNIT) * LENGTH_UNIT
+    if length > LONGEST:
+        raise DataError(f"{length:,} tokens of prompt and answer; at most {LONGEST:,} fit", hint="a lower --max-tokens")
     axes = " ".join(f"{axis}={degree}" for axis, degree in layout.mesh.shape.items() if degree > 1) or "one device"
     if options.draft and not model.depth:
         raise DataError(f"{options.source}: the model has no module of multi-token prediction to draft with", hint="leave out --draft")
     engine = (DraftingEngine if options.draft else Engine)(model, load(source, model, layout), layout, slots=slots, max_length=length)
-    print(f"{source.description}: {parameter_count(model):,} parameters, {model.compute_dtype}, {axes}, {slots} slots", file=sys.stderr)
+    beside = f"{slots} slot{'s' * (slots > 1)}"
+    print(f"{source.description}: {parameter_count(model):,} parameters, {model.compute_dtype}, {axes}, {beside}", file=sys.stderr)
     stop = sorted({*tokenizer.end, *source.end_tokens})
     if source.longest and (most := max(map(len, prompts)) + options.max_tokens) > source.longest:
         print(f"warning: up to {most} tokens, but the model was trained on sequences of {source.longest}", file=sys.stderr)
     requests: list[Request] = []
-    for number, prompt in enumerate(prompts):
+    for number, (prompt, sampling) in enumerate(zip(prompts, drawn, strict=True), 1):
         try:
-            drawn = Sampling(options.temperature, options.top_k, options.top_p, options.min_p, seed=options.seed + number)
             engine.require_fits(prompt, options.max_tokens, stop)
         except ValueError as error:
-            raise DataError(f"prompt {number + 1}: {error}") from None
-        requests.append(Request(prompt, options.max_tokens, drawn, stop))
+            raise DataError(f"prompt {number}: {error}") from None
+        requests.append(Request(prompt, options.max_tokens, sampling, stop))
     printer = Printer(tokenizer, prompts, as_json=options.output == "json")
     begin = time.monotonic()
     drafts = Drafts()
@@ -173,7 +183,10 @@ def _mesh(words: str | None, model: Model, devices: int) -> Mesh:
     for word in words.split(","):
         axis, _, size = word.partition("=")
         degrees[axis] = int(size) if size.removeprefix("-").isdigit() else size
-    return Mesh(ici=validate(AxisDegrees, degrees))
+    try:
+        return Mesh(ici=validate(AxisDegrees, degrees))
+    except ConfigError as error:
+        raise ConfigError([replace(problem, path=f"--mesh {problem.path}") for problem in error.problems]) from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -29,7 +29,7 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, value, fits, limit in (
             ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "at least 0"),
-            ("top_k", self.top_k, 0 <= self.top_k < 2**31, "at least 0"),
+            ("top_k", self.top_k, 0 <= self.top_k < 2**31, "at least 0 and below 2^31"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1"),
             ("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2^63"),

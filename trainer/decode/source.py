@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
 from trainer.checkpoint import Checkpoints
-from trainer.checkpoint.commit import checkpoint_directory
 from trainer.checkpoint.huggingface import load_huggingface, modules_of, open_huggingface
 from trainer.checkpoint.huggingface_config import model_from_huggingface
 from trainer.checkpoint.huggingface_families import text_config
@@ -26,7 +25,7 @@ from trainer.config.run import Checkpoint
 from trainer.config.weights import Weight, weights
 from trainer.errors import CheckpointError
 from trainer.parallel.sharding import Layout
-from trainer.parameters import ITEMS, Kind, require_average
+from trainer.parameters import ITEMS, Kind, nothing_there, require_average
 
 Parameters = dict[str, jax.Array]
 
@@ -90,9 +89,8 @@ def _abstract(weight: Weight, model: Model, layout: Layout) -> jax.ShapeDtypeStr
 
 def _run(directory: str, step: int | None, item: str) -> Source:
     checkpoints = Checkpoints(Checkpoint(), directory)
-    if step is None and (step := checkpoints.latest_step()) is None:
-        hint = "give the run_directory of a run that has saved, or a Hugging Face folder"
-        raise CheckpointError(f"{checkpoint_directory(directory)} holds no committed step", hint=hint)
+    if step is None and (step := checkpoints.latest_step((item,))) is None:
+        raise nothing_there(directory, checkpoints.skipped)
     config = validate(TrainConfig, checkpoints.meta(step)["config"])
     described = f"step {step} of {directory}"
     if item != ITEMS["trained"]:
@@ -156,10 +154,15 @@ def chosen_tokenizer(name: str) -> TokenizerConfig:
 
 
 def _json(folder: str, name: str) -> dict[str, Any]:
-    """Raises CheckpointError for a file that is not JSON; empty where there is none."""
+    """Raises CheckpointError for a file that is no JSON object; empty where there is none."""
     try:
-        return json.loads((epath.Path(folder) / name).read_text())
+        found = json.loads((epath.Path(folder) / name).read_text())
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise CheckpointError(f"{folder}/{name} cannot be read: {error}") from None
     except ValueError as error:
-        raise CheckpointError(f"{folder}/{name} is not JSON: {error}") from error
+        raise CheckpointError(f"{folder}/{name}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{folder}/{name}: not a JSON object")
+    return cast("dict[str, Any]", found)

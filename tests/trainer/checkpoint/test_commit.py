@@ -121,6 +121,17 @@ def test_restoring_a_damaged_step_by_name_is_refused(run: Path) -> None:
         opened(run).restore(20, abstract(mesh(8)))
 
 
+def test_of_a_step_only_what_is_asked_for_has_to_be_whole_and_is_read_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = next(path for path in files_of(run, 20) if "opt" in path.parts and path.parts[-3:-1] == ("ocdbt.process_0", "d"))
+    path.write_bytes(bytes(len(path.read_bytes())))
+    assert opened(run).latest_step() == 10
+    checkpoints = opened(run)
+    assert checkpoints.latest_step(("params",)) == 20
+    monkeypatch.delattr("trainer.checkpoint.checkpoints.verify_contents")
+    wanted = {"params": abstract(mesh(8))["params"]}
+    assert set(checkpoints.restore(20, wanted)) == {"params"}
+
+
 def test_a_damaged_step_moves_aside_and_its_number_is_saved_anew(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = files_of(run, 20)[3]
     for name in ("20", "20.1"):

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import pytest
 from tests.trainer.checkpoint.states import abstract, differences, mesh, state
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint.commit import committed_steps
+from trainer.checkpoint.storage import open_storage
 from trainer.checkpoint.trouble import save_error
 from trainer.config.run import Checkpoint
 from trainer.contract import Exit
@@ -202,3 +204,26 @@ def test_the_values_are_not_needed_after_save_returns(run: Path) -> None:
         leaf.delete()
     checkpoints.wait()
     assert differences(checkpoints.restore(20, abstract(mesh(8))), 20, mesh(8)) == []
+
+
+class ChangedOnItsWay(BaseHTTPRequestHandler):
+    """Answers every read with bytes that are not those of the checksum beside them."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "5")
+        self.send_header("x-goog-hash", "crc32c=AAAAAA==")
+        self.end_headers()
+        self.wfile.write(b"bytes")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_an_answer_of_a_bucket_that_is_not_what_was_sent_is_an_error_of_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    with HTTPServer(("127.0.0.1", 0), ChangedOnItsWay) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(OSError, match="Checksum mismatch"):
+            open_storage("gs://bucket/run").read("decided.json")
+        server.shutdown()

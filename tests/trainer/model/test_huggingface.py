@@ -187,6 +187,11 @@ def test_older_config_files_are_read_with_the_defaults_they_rely_on() -> None:
         ({"attention_dropout": 0.1}, "attention_dropout: 0.1"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"intermediate_size": None}, "intermediate_size: missing"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers: '3', must be a whole number"),
+        ({"rope_parameters": "yes"}, "rope_parameters: 'yes', must be an object"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type: 'longrope'"),  # counts, whatever else is there
+        ({"num_attention_heads": 3}, r"describes no model:\n  heads \(3\) must be a multiple"),
+        ({"model_type": None}, "config.json has no model_type"),
         ({"layer_types": ["linear_attention"] * 3}, "layer_types: linear_attention"),
     ],
 )
@@ -199,6 +204,15 @@ def test_a_model_no_family_describes_is_refused_with_the_difference(tmp_path: Pa
     model = small(head_soft_cap=30.0)
     with pytest.raises(CheckpointError, match=r"nearest differs in:\n  head_soft_cap: 30\.0 in the model, None in config\.json"):
         export_huggingface(reader(random_params(model)), model, str(tmp_path), max_positions=1)
+
+
+def test_modules_that_a_family_has_no_place_for_are_left_out(tmp_path: Path) -> None:
+    model = small(multi_token={"depth": 2})
+    params = random_params(model)
+    written = export_huggingface(reader(params), model, str(tmp_path), max_positions=16)
+    assert written == model.model_copy(update={"multi_token": None})
+    for path, value in load(tmp_path, written).items():
+        np.testing.assert_array_equal(value, params[path], err_msg=path)
 
 
 def test_layers_become_the_shortest_repeating_pattern_or_runs() -> None:
