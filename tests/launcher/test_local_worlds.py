@@ -56,6 +56,12 @@ def announced(rounds: Rounds, index: int, after: int) -> bool:
     return any(int(number) > after and name in (f"slice-{index}.here", f"slice-{index}.json") for number, _, name in names)
 
 
+def said(folder: JobFolder, message: str) -> str:
+    """Why the job has failed, and the ends of what its pods said."""
+    logs = sorted(folder.pods.glob("*/log"))
+    return "\n".join([message, *(f"== {log.parent.name}\n{log.read_text()[-2000:]}" for log in logs)])
+
+
 def parameters(run_directory: str) -> dict[str, np.ndarray]:
     root = f"{checkpoint_directory(run_directory)}/{STEPS}"
     meta = json.loads(open_storage(root).read(META_FILE))
@@ -88,7 +94,7 @@ def test_a_killed_slice_is_left_out_the_other_goes_on_and_both_end_with_the_same
     signal_slice(folder, 0, signal.SIGCONT)
 
     status = last(backend)
-    assert (status.state, status.attempt) == (JobState.COMPLETED, 0), status
+    assert (status.state, status.attempt) == (JobState.COMPLETED, 0), said(folder, status.message)
     found = records(rounds)
     assert len(found) == STEPS // 2 and [0, 1] in [record.slices for record in found[left:]]
     ours, theirs = (parameters(slice_directory(f"{directory}/job", index)) for index in (0, 1))
