@@ -201,31 +201,76 @@ def test_so_it_is_for_every_optimizer(name: str, tmp_path: Path) -> None:
     assert_holds_half(plain, zero)
 
 
-# A gradient in bfloat16 that two mesh axes sum one after the other is rounded between them: compared where there is one.
-@pytest.mark.full
-@pytest.mark.parametrize(("dtype", "degrees"), [("float32", (4, 2)), ("bfloat16", (8, 1))], ids=["float32", "gathered in bfloat16"])
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("groups", [[], GROUPS], ids=["alike", "groups"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_so_it_is_for_every_optimizer_with_and_without_groups_accumulation_and_a_gather_in_bfloat16(
-    name: str, groups: list[Any], accumulation: int, dtype: str, degrees: tuple[int, int]
-) -> None:
+def pair(name: str, groups: list[Any], accumulation: int, degrees: tuple[int, int], **changes: str) -> tuple[Run, Run]:
+    """Runs of the same model without and with the split; changes: `compute_dtype`, `moment_dtype`."""
     data, fsdp = degrees
     mesh = (f"mesh.ici.data={data}", f"mesh.ici.fsdp={fsdp}", f"batch.accumulation={accumulation}", f"batch.global_batch={ROWS}")
     optimizer = {**OPTIMIZERS[name], **SHARED, "groups": groups}
-    if name == "adamw":  # a moment rounded to bfloat16 the other way is 4e-3 of an update
-        optimizer["moment_dtype"] = "float32"
-    changes = {"model": {**EIGHTS, "compute_dtype": dtype, "initializer_stddev": 0.1}, "optimizer": optimizer}
-    plain, zero = (Run(*mesh, *overrides, **changes) for overrides in ((), (ZERO,)))
-    assert_same_steps(plain, zero)
-    # Of every tensor of the optimizer and every weight, but for counters and the window of norms.
-    saved = 0
+    if name == "adamw":
+        optimizer["moment_dtype"] = changes.get("moment_dtype", "float32")
+    model = {**EIGHTS, "compute_dtype": changes.get("compute_dtype", "float32"), "initializer_stddev": 0.1}
+    plain, zero = (Run(*mesh, *overrides, model=model, optimizer=optimizer) for overrides in ((), (ZERO,)))
+    return plain, zero
+
+
+def assert_holds_its_part(plain: Run, zero: Run) -> None:
+    """Of every tensor of the optimizer and every weight, but for counters and the window of norms."""
+    saved, data = 0, zero.config.mesh.ici.data
     for whole, part in zip(jax.tree.leaves(plain.spec.abstract), jax.tree.leaves(zero.spec.abstract), strict=True):
         sizes = [math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in (whole, part)]
         assert whole.size <= 6 or sizes[0] == data * sizes[1], whole
         saved += sizes[0] - sizes[1]
     plain_bytes, zero_bytes = (run.step.memory_analysis().argument_size_in_bytes for run in (plain, zero))
     assert plain_bytes - zero_bytes == saved
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("groups", [[], GROUPS], ids=["alike", "groups"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_so_it_is_for_every_optimizer_with_and_without_groups_and_accumulation(name: str, groups: list[Any], accumulation: int) -> None:
+    plain, zero = pair(name, groups, accumulation, (4, 2))
+    assert_same_steps(plain, zero)
+    assert_holds_its_part(plain, zero)
+
+
+# A gradient in bfloat16 that two mesh axes sum one after the other is rounded between them: gathered in bfloat16 where there is one.
+ROUNDED = [(name, (8, 1), "bfloat16") for name in OPTIMIZERS] + [("adamw", (4, 2), "float32")]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("groups", [[], GROUPS], ids=["alike", "groups"])
+@pytest.mark.parametrize(("name", "degrees", "compute_dtype"), ROUNDED, ids=[f"{name}-computes in {dtype}" for name, _, dtype in ROUNDED])
+def test_with_weights_gathered_or_moments_kept_in_bfloat16_each_step_is_that_of_plain_data_parallelism_from_the_same_state(
+    name: str, degrees: tuple[int, int], compute_dtype: str, groups: list[Any], accumulation: int
+) -> None:
+    """The loss, every weight and every float32 tensor of the optimizer at 1e-6; a moment in bfloat16 to one unit of its last place.
+
+    Not four steps on end, as in float32, because a rounding to bfloat16 between two steps makes a last bit of float32 65,536 times
+    larger. The norm of gradients and Muon's products are sums over devices here and sums on one device there, so float32 weights differ
+    in the last bit after a step; where one lies on the border between two numbers of bfloat16, the next forward pass has another
+    weight. Plain data parallelism is no steadier: see "Zero-1 is compared step by step" in docs/decisions.md. A state that one
+    side forgets, rounds twice or rounds elsewhere shows here in the first step.
+    """
+    plain, zero = pair(name, groups, accumulation, degrees, compute_dtype=compute_dtype, moment_dtype="bfloat16")
+    ours = jax.device_put(initial_state(plain.config, plain.spec), zero.spec.shardings)
+    other, elements = 0, 0
+    for n in range(4):
+        theirs, expected = plain.train(jax.device_put(ours, plain.spec.shardings, may_alias=False), n, 1)
+        ours, losses = zero.train(ours, n, 1)
+        np.testing.assert_allclose(losses, expected, rtol=1e-6)
+        items, wanted = state_items(ours), state_items(theirs)
+        for item, path in ((part, path) for part in ("params", "opt") for path in wanted[part]):
+            a, b = (np.asarray(found[item][path]) for found in (items, wanted))
+            if b.dtype == jax.numpy.bfloat16:
+                a, b = a.astype(np.float32), b.astype(np.float32)
+                assert (np.abs(a - b) <= 2.0**-7 * np.abs(b) + 1e-6 * np.abs(b).max()).all(), f"{path}, step {n}"
+                other, elements = other + np.sum(a != b), elements + b.size
+            else:
+                assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b), f"{path}, step {n}"
+    assert other <= elements / 1000
+    assert_holds_its_part(plain, zero)
 
 
 def over_data(run: Run) -> list[tuple[str, Collective]]:

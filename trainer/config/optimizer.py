@@ -55,7 +55,8 @@ class Shared(Node):
     """Clip gradients to this global norm, after accumulation and normalisation."""
     groups: tuple[Group, ...] = ()
     gradient_dtype: Dtype = "float32"
-    """Dtype a backward pass hands its gradients over in; sums over microbatches and updates are float32."""
+    """Dtype a backward pass hands its gradients over in; sums over microbatches and updates are float32. The gradient of a weight that
+    layers compute with in bfloat16 is rounded to that before, and between the sums over two mesh axes."""
     skip_spikes: SkipSpikes | None = None
     state_memory: Literal["device", "host"] = "device"
     """Where the state lies between updates. `host`: in the host's memory, from where it is copied for each update and back; the
