@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -9,8 +10,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from tests.trainer.configs import config, layout
+from trainer.config.compiler import Compiler
+from trainer.config.problem import ConfigError
 from trainer.parallel import compiler
-from trainer.parallel.compiler import compiler_options
+from trainer.parallel.compiler import check_options, compiler_options
 
 OFFLOADED = "xla_tpu_enable_sparse_core_collective_offload_all_gather"
 
@@ -64,3 +67,11 @@ def test_every_default_has_a_value_and_a_reason() -> None:
     table = yaml.safe_load((compiler.resources.files("trainer.parallel") / "compiler_options.yaml").read_text(encoding="utf-8"))
     entries = [entry for kind in table.values() for entry in kind["options"].values()]
     assert all(entry.keys() == {"value", "reason"} and entry["reason"] for entry in entries)
+
+
+def test_options_the_compiler_does_not_know_are_refused_by_name_and_known_ones_are_taken() -> None:
+    known = Compiler(options={"xla_cpu_enable_fast_math": False})
+    check_options(known, jax.devices()[0])
+    with pytest.raises(ConfigError) as refused:
+        check_options(Compiler(options={**known.options, "xla_no_such_option": True}), jax.devices()[0])
+    assert [(problem.path, problem.value) for problem in refused.value.problems] == [("compiler.options.xla_no_such_option", True)]
