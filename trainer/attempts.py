@@ -26,6 +26,8 @@ class Attempt:
     started_at: str
     job: str = ""
     """Of a slice that is restarted by its own Job, without a number of the attempt: which Job that was."""
+    rounds: int = 0
+    """Where slices meet through files: rounds decided by then. While the others go on, a slice that falls behind again is not stuck."""
 
 
 def numbered(run_directory: str, attempt: int, job: str) -> int:
@@ -35,16 +37,16 @@ def numbered(run_directory: str, attempt: int, job: str) -> int:
     return 1 + max((entry.attempt for entry in _recorded(run_directory) if entry.job == job), default=-1)
 
 
-def require_progress(run_directory: str, attempt: int) -> None:
-    """Before anything else in `attempt`. Attempt 0 begins a new account.
+def require_progress(run_directory: str, attempt: int, *, rounds: int = 0) -> None:
+    """Before anything else in `attempt`. Attempt 0 begins a new account. rounds: decided so far, where slices meet through files.
 
-    Raises NoProgress when ATTEMPTS_WITHOUT_PROGRESS recorded attempts before it started at the present committed step.
+    Raises NoProgress when ATTEMPTS_WITHOUT_PROGRESS recorded attempts before it started at the present committed step and round.
     """
     if attempt == 0:
         open_storage(run_directory).remove(ATTEMPTS_FILE)
         return
     committed_step = _committed_step(run_directory)
-    stuck = without_progress(_recorded(run_directory, before=attempt), committed_step)
+    stuck = without_progress(_recorded(run_directory, before=attempt), committed_step, rounds)
     if stuck >= ATTEMPTS_WITHOUT_PROGRESS:
         where = "before the first checkpoint" if committed_step is None else f"at checkpoint {committed_step}"
         raise NoProgress(
@@ -53,9 +55,9 @@ def require_progress(run_directory: str, attempt: int) -> None:
         )
 
 
-def record_attempt(run_directory: str, attempt: int, job: str = "") -> Attempt:
+def record_attempt(run_directory: str, attempt: int, job: str = "", *, rounds: int = 0) -> Attempt:
     """Note that `attempt` has its data and starts now. The same attempt twice (an eviction) counts once."""
-    current = Attempt(attempt, _committed_step(run_directory), datetime.now(UTC).isoformat(timespec="seconds"), job)
+    current = Attempt(attempt, _committed_step(run_directory), datetime.now(UTC).isoformat(timespec="seconds"), job, rounds)
     account = [*_recorded(run_directory, before=attempt), current]
     content = json.dumps({"attempts": [asdict(entry) for entry in account]}, indent=1)
     open_storage(run_directory).write(ATTEMPTS_FILE, content.encode())
@@ -75,11 +77,11 @@ def _recorded(run_directory: str, *, before: int = 2**31) -> list[Attempt]:
         return []  # an account that is lost or torn begins anew: it only limits
 
 
-def without_progress(attempts: Sequence[Attempt], committed_step: int | None) -> int:
-    """How many of the latest attempts started at `committed_step`."""
+def without_progress(attempts: Sequence[Attempt], committed_step: int | None, rounds: int = 0) -> int:
+    """How many of the latest attempts started at `committed_step`, with so many rounds decided."""
     count = 0
     for entry in reversed(attempts):
-        if entry.committed_step != committed_step:
+        if (entry.committed_step, entry.rounds) != (committed_step, rounds):
             break
         count += 1
     return count

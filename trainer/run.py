@@ -41,6 +41,7 @@ from trainer.sizes import for_each_size
 from trainer.state import StateSpec, describe_state, initial_state, state_from_items, state_items, with_average
 from trainer.step import Batch, EvalStep, TrainStep, make_eval_step, make_term_probe, make_train_step
 from trainer.worlds import Batches, Exchange, Programs
+from trainer.worlds.rounds import decided_rounds
 
 DATA_DEADLINE_SECONDS: Final = 3600
 """How long the processes wait for the one that is last to prepare its data."""
@@ -62,7 +63,8 @@ def run(config: TrainConfig) -> Exit:
     _require_same_data(data)
     if world.process_index == 0:
         job = os.environ.get(JOB_UID, "")
-        record_attempt(directory, numbered(directory, world.attempt, job), job)
+        rounds = decided_rounds(config.run_directory) if worlds_apart(config) else 0
+        record_attempt(directory, numbered(directory, world.attempt, job), job, rounds=rounds)
     spec = describe_state(own, layout)
     exchange = _exchange(config, spec, world)
     checkpoints = Checkpoints(config.checkpoint, directory)

@@ -20,6 +20,7 @@ from trainer.distributed.preemption import install_handlers
 from trainer.errors import TrainerError
 from trainer.parent import link
 from trainer.parent.installed import require_jax
+from trainer.worlds.rounds import decided_rounds
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -66,7 +67,8 @@ def _train(options: argparse.Namespace) -> Exit:
         if attempt and (end := how_it_ended(config.run_directory, attempt - 1, hosts)):
             print(f"{ATTEMPT_ENDED} {attempt - 1}: {end}", flush=True)
         directory = slice_directory(config.run_directory, rank.replica)
-        require_progress(directory, numbered(directory, rank.attempt, job))
+        rounds = decided_rounds(config.run_directory) if worlds_apart(config) else 0
+        require_progress(directory, numbered(directory, rank.attempt, job), rounds=rounds)
     prepare_environment()
     from trainer.run import run
 

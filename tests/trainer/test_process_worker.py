@@ -17,6 +17,7 @@ from trainer.contract import ATTEMPT, ATTEMPTS_FILE, CHECKPOINT_FOLDER, DEVICES_
 from trainer.distributed import lost_peer
 from trainer.errors import NoProgress
 from trainer.worker import prepare_environment, require_directory, unexpected
+from trainer.worlds.rounds import decided_rounds
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -139,6 +140,22 @@ def test_a_torn_account_begins_anew(tmp_path: Path) -> None:
 def test_only_the_latest_attempts_at_the_same_step_count() -> None:
     account = [Attempt(index, step, "") for index, step in enumerate((None, None, 5, 5, None))]
     assert without_progress(account, None) == 1 and without_progress(account[:4], 5) == 2 and without_progress([], None) == 0
+
+
+def test_a_slice_that_falls_behind_while_the_others_go_on_has_not_stopped_making_progress(tmp_path: Path) -> None:
+    run, own = tmp_path, str(tmp_path / "slices/1")
+    assert decided_rounds(str(run)) == 0
+    for attempt in range(6):
+        require_progress(own, attempt, rounds=decided_rounds(str(run)))
+        record_attempt(own, attempt, rounds=decided_rounds(str(run)))
+        decided = run / f"rounds/{attempt + 1:08d}/decided.json"
+        decided.parent.mkdir(parents=True)
+        decided.touch()
+    for attempt in (6, 7, 8):  # from here on nobody decides anything
+        require_progress(own, attempt, rounds=decided_rounds(str(run)))
+        record_attempt(own, attempt, rounds=decided_rounds(str(run)))
+    with pytest.raises(NoProgress, match="the last 3 attempts started before the first checkpoint"):
+        require_progress(own, 9, rounds=decided_rounds(str(run)))
 
 
 def test_the_cpu_target_makes_up_its_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pytest import MonkeyPatch
 
 from tests.gcs_emulator import Gcs
 from tests.trainer.configs import config, layout, ragged_batch
+from trainer.checkpoint import Checkpoints
 from trainer.checkpoint.commit import COMMIT_FILE, checkpoint_directory
+from trainer.checkpoint.storage import open_storage
 from trainer.config.checks import check_train
 from trainer.config.diloco import FilesTransport, one_world
 from trainer.contract import Exit, slice_directory
@@ -29,7 +34,7 @@ from trainer.state import describe_state, initial_state, state_items
 from trainer.step import Batch, make_train_step
 from trainer.worlds import Batches, Exchange, Programs
 from trainer.worlds.delta import decode, encode, mean
-from trainer.worlds.rounds import File, Record, Rounds
+from trainer.worlds.rounds import DECIDED, File, Record, Rounds
 
 NESTEROV = {"sync_every_steps": 2, "outer_learning_rate": 0.6, "outer_momentum": 0.9}
 EXACT = ("model.matmul_precision=highest", "schedule.warmup_steps=0")
@@ -136,11 +141,15 @@ def test_two_worlds_train_as_two_replicas_of_one_and_go_on_without_one_that_is_l
     with pytest.raises(Preempted, match="its part of round 9 is kept"):
         worlds[0].meet(leaving=lambda: True)
     assert worlds[1].round() == [[0, 1]]
-    worlds[1].hurried.saved(18)
+    for done in (4, 4, 18):
+        worlds[1].hurried.saved(done)
     kept = sorted(path.parent.name for path in tmp_path.glob("rounds/*/*.delta"))
     assert worlds[1].round(alone=True) == [[1]] and len(kept) == 14
-    assert {path.parent.name for path in tmp_path.glob("rounds/*/*.delta")} == {"00000009", "00000010"}
-    assert len(list(tmp_path.glob("rounds/*/decided.json"))) == 10
+    assert min(path.parent.name for path in tmp_path.glob("rounds/*/*.delta")) == "00000003", "all since the last but one checkpoint"
+    worlds[1].hurried.saved(20)
+    assert worlds[1].round(alone=True) == [[1]]
+    assert {path.parent.name for path in tmp_path.glob("rounds/*/*.delta")} == {"00000010", "00000011"}
+    assert len(list(tmp_path.glob("rounds/*/decided.json"))) == 11
     behind = worlds[0].again(str(tmp_path), 0)
     with pytest.raises(PeerLost, match="too far behind"):
         behind.exchange.join(behind.state, 4)
@@ -188,6 +197,19 @@ def test_a_checkpoint_that_its_slice_deletes_while_another_reads_it_is_no_reason
         read(theirs)
 
 
+def test_a_checkpoint_that_is_deleted_between_its_check_and_the_reading_of_what_it_says_is_one_that_is_gone(tmp_path: Path) -> None:
+    theirs = slice_directory(str(tmp_path), 1)
+    checkpoints = Checkpoints(APART.checkpoint, theirs)
+    checkpoints.save(8, {"params": {"w": jax.numpy.ones(4)}}, {})
+    checkpoints.close()
+    reader = Checkpoints(APART.checkpoint, theirs)
+    assert reader.latest_step() == 8
+    open_storage(checkpoint_directory(theirs)).remove_tree("8")
+    for read in (reader.meta, reader.items, partial(reader.restore, abstract_items={})):
+        with pytest.raises(PeerLost, match="was deleted by its slice"), _not_outrun(theirs, str(tmp_path), 8):
+            read(8)
+
+
 def test_of_many_that_decide_at_once_the_first_decides_for_all(place: str) -> None:
     slices = [rounds(place, index, 8) for index in range(8)]
     for mine in slices[:5]:
@@ -222,6 +244,59 @@ def test_one_that_was_not_there_is_waited_for_again_when_it_has_announced_itself
         assert not any(each.done() for each in waiting)
         commit(third, 3)
         assert [each.result() for each in waiting] == [[0, 1, 2]] * 2
+
+
+def clear(mine: Rounds, number: int) -> Record:
+    """Slice 0 decides the round, goes on, and deletes what is in it, whatever others are writing there."""
+    mine.put(number, mine.delta_path(number, "x", 0), b"x")
+    record = mine.settle(number, wait_seconds=0, leaving=lambda: False)
+    mine.forget(number)
+    assert record is not None and mine._names(number) == {DECIDED}
+    return record
+
+
+def test_a_round_that_is_decided_and_cleared_between_a_look_and_the_decision_is_the_others(place: str, monkeypatch: MonkeyPatch) -> None:
+    first, late = rounds(place, 0, 2), rounds(place, 1, 2)
+    for mine in (first, late):
+        commit(mine, 1)
+    names, cleared = late._names, list[Record]()
+
+    def look(number: int) -> set[str]:
+        found = names(number)
+        cleared.append(clear(first, number))
+        return found
+
+    monkeypatch.setattr(late, "_names", look)
+    assert late.settle(1, wait_seconds=0, leaving=lambda: False) == cleared[0] and cleared[0].slices == [0, 1]
+
+
+@pytest.mark.parametrize("write", ["part", "delta", "decision"])
+def test_a_round_that_is_cleared_while_a_late_slice_writes_there_stays_decided(
+    tmp_path: Path, monkeypatch: MonkeyPatch, write: str
+) -> None:
+    first, late = rounds(tmp_path, 0, 2), rounds(tmp_path, 1, 2)
+    for mine in (first, late)[: 2 if write == "decision" else 1]:
+        commit(mine, 1)
+    begun, cleared = list[str](), list[Record]()
+
+    def after_clearing(action: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def act(source: Any, target: Any) -> None:
+            if not begun:  # to clear is to write, too
+                begun.append(source)
+                cleared.append(clear(first, 1))
+            action(source, target)
+
+        return act
+
+    name = "replace" if write == "part" else "link"
+    monkeypatch.setattr(os, name, after_clearing(getattr(os, name)))
+    if write == "part":
+        late.put(1, late.delta_path(1, "x", 0), b"x")
+    elif write == "delta":
+        commit(late, 1)
+    else:
+        assert late.settle(1, wait_seconds=0, leaving=lambda: False) == cleared[0]
+    assert late.record(1) == cleared[0] and cleared[0].slices == ([0, 1] if write == "decision" else [0])
 
 
 def test_a_delta_that_was_committed_stays_and_is_not_wanted_again(place: str) -> None:

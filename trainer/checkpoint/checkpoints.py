@@ -31,7 +31,7 @@ from trainer.checkpoint.replicas import read_replicas, replica_problems
 from trainer.checkpoint.retention import steps_to_delete
 from trainer.checkpoint.saving import Save
 from trainer.checkpoint.storage import open_storage
-from trainer.checkpoint.trouble import save_error
+from trainer.checkpoint.trouble import read_error, save_error
 from trainer.config.run import Checkpoint
 from trainer.errors import CheckpointError, TrainerError
 
@@ -257,7 +257,12 @@ class Checkpoints:
             raise self._read_error(error) from error
 
     def _document(self, step: int) -> dict[str, Any]:
-        return json.loads(self._storage.read(f"{step}/{META_FILE}"))
+        try:
+            return json.loads(self._storage.read(f"{step}/{META_FILE}"))
+        except FileNotFoundError:  # of another slice, which deletes its old steps
+            raise CheckpointError(f"step {step} of {self._storage.root} cannot be used: {META_FILE} is not there any more") from None
+        except OSError as error:
+            raise self._read_error(error) from error
 
     def _skip(self, step: int, reason: str) -> None:
         self._skipped[step] = reason
@@ -317,10 +322,7 @@ class Checkpoints:
             raise raised from error
 
     def _read_error(self, error: Exception) -> TrainerError:
-        if isinstance(error, TrainerError):
-            return error
-        reason = error.strerror if isinstance(error, OSError) else str(error)[:1000]
-        return CheckpointError(f"{self._storage.root} cannot be read: {reason}", hint="check the path and the permissions")
+        return read_error(self._storage.root, error)
 
     def _operation(self, name: str) -> tuple[str, float]:
         self._operations += 1

@@ -1,7 +1,7 @@
 """The few file operations checkpoints need, for a local folder and for gs://. No JAX here.
 
 Paths are relative to the storage's root, with `/` between parts. All trouble is OSError: FileNotFoundError for a
-missing file, FileExistsError for one that must not be there, PermissionError.
+missing file, FileExistsError for one that must not be there, PermissionError, ConnectionError where a restart may find it better.
 """
 
 from __future__ import annotations
@@ -137,6 +137,8 @@ class _Folder:
             os.link(Path(self.root, draft), target)  # atomic, and refused where the name is taken
         except FileExistsError:
             return self.read(path)
+        except FileNotFoundError:  # somebody has cleared the folder, the draft with it: that says nothing of links
+            raise
         except OSError as error:
             reason = f"{error.strerror}: this file system has no hard links; give the bucket itself, as gs://"
             raise PermissionError(errno.EACCES, reason, str(target)) from error
@@ -249,7 +251,7 @@ class _Bucket:
     @contextlib.contextmanager
     def _as_os_error(self, path: str) -> Iterator[None]:
         from google.api_core import exceptions as api
-        from google.auth.exceptions import GoogleAuthError
+        from google.auth.exceptions import GoogleAuthError, TransportError
         from google.cloud.storage.exceptions import DataCorruption
 
         where = f"{self.root}/{path}"
@@ -259,7 +261,12 @@ class _Bucket:
             raise FileNotFoundError(errno.ENOENT, error.message, where) from error
         except api.PreconditionFailed as error:
             raise FileExistsError(errno.EEXIST, error.message, where) from error
+        except TransportError as error:  # the way to whoever gives tokens, not the credentials
+            raise ConnectionError(errno.EIO, str(error), where) from error
         except (api.Forbidden, api.Unauthorized, GoogleAuthError) as error:
             raise PermissionError(errno.EACCES, f"{os.strerror(errno.EACCES)}: {error}", where) from error
-        except (api.GoogleAPIError, DataCorruption) as error:  # the latter of an answer that was cut off, or changed on its way
+        except (api.TooManyRequests, api.ServerError, api.RetryError, DataCorruption) as error:
+            # Tried again for two minutes, or an answer that was cut off or changed on its way: it may pass.
+            raise ConnectionError(errno.EIO, str(error), where) from error
+        except api.GoogleAPIError as error:
             raise OSError(errno.EIO, str(error), where) from error

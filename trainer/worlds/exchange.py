@@ -77,7 +77,7 @@ class Exchange:
         self._peers = Peers()
         self._token = uuid.uuid4().hex[:8]
         self._operations = 0
-        self._saved_steps = 0
+        self._saved_steps = (0, 0)
 
     def newest(self) -> int:
         """The newest round that is decided; 0 before the first. Agreed on by the processes of the slice."""
@@ -96,7 +96,8 @@ class Exchange:
 
     def saved(self, done: int) -> None:
         """A checkpoint of this slice is committed."""
-        self._saved_steps = max(self._saved_steps, done)
+        if done > self._saved_steps[1]:
+            self._saved_steps = (self._saved_steps[1], done)
 
     def join(self, state: nnx.State, done: int) -> Joined:
         """Go on from the outer parameters of `state`, of `done` steps, after all rounds that are decided since.
@@ -135,7 +136,8 @@ class Exchange:
         if self._peers.is_primary:
             with self._reaching():
                 self._announce(number + 1, records)
-                self._rounds.forget(min(self.round_of(self._saved_steps), number - KEPT_ROUNDS))
+                # Since the last but one: a slice that comes back may have looked before the last checkpoint was there.
+                self._rounds.forget(min(self.round_of(self._saved_steps[0]), number - KEPT_ROUNDS))
         return Joined(state, number * self._every, records, time.monotonic() - started)
 
     def _publish(self, state: nnx.State, number: int) -> None:
@@ -147,7 +149,7 @@ class Exchange:
         data = encode(host_shards(self._programs.moved(state)))
         path = self._rounds.delta_path(number, self._token, self._peers.index)
         with self._reaching():
-            self._rounds.storage.write(path, data)
+            self._rounds.put(number, path, data)
         mine = File(path.partition("/")[2], len(data), checksum(data))
         operation, deadline = self._operation("published")
         parts = self._peers.gather(operation, json.dumps(mine.__dict__), deadline=deadline)
@@ -180,17 +182,11 @@ class Exchange:
             raise CheckpointError(f"round {record.round} has deltas of {len(files)} hosts a slice, this slice has {self._peers.count}")
         file = files[self._peers.index]
         path = f"{record.round:08d}/{file.name}"
-        try:
-            with self._reaching():
-                for _ in range(READ_AGAIN):
-                    data = self._rounds.storage.read(path)
-                    if (len(data), checksum(data)) == (file.bytes, file.crc32c):
-                        return data
-        except FileNotFoundError:
-            raise PeerLost(
-                f"{self._rounds.storage.root}/{path} is not there any more: this slice is too far behind",
-                hint="a restart goes on from the newest checkpoint of any slice",
-            ) from None
+        with self._reaching():
+            for _ in range(READ_AGAIN):
+                data = self._rounds.storage.read(path)
+                if (len(data), checksum(data)) == (file.bytes, file.crc32c):
+                    return data
         raise PeerLost(f"{self._rounds.storage.root}/{path} is not what was written there")
 
     def _agreed(self, name: str, decide: Callable[[], tuple[Record, ...]], wait_seconds: float = 0) -> tuple[Record, ...]:
@@ -207,8 +203,11 @@ class Exchange:
         """Trouble with the storage ends the attempt: the next one goes on where this one was."""
         try:
             yield
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as error:  # nothing but the other slices deletes what is there, once they have gone on
+            raise PeerLost(
+                f"{error.filename or self._rounds.storage.root} is not there any more: this slice is too far behind",
+                hint="a restart goes on from the newest checkpoint of any slice",
+            ) from error
         except PermissionError as error:
             raise CheckpointError(f"{self._rounds.storage.root} cannot be used: {error.strerror}") from error
         except OSError as error:

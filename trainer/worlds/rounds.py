@@ -89,15 +89,27 @@ class Rounds:
         """Where a host puts its part; `token` is of this start of the slice, so that nothing is ever written over."""
         return f"{_folder(number)}/slice-{self.index}.{token}.host-{host}{DELTA}"
 
+    def put(self, number: int, path: str, data: bytes) -> None:
+        """Write a host's part; whether it is there matters no more once the round was decided, and cleared while this was written."""
+        try:
+            self.storage.write(path, data)
+        except FileNotFoundError:
+            if self.record(number) is None:
+                raise
+
     def wants_delta(self, number: int) -> bool:
         """Whether this slice has to say what it moved: not where the round is decided, nor where a start before this one said it."""
         names = self._names(number)
         return DECIDED not in names and f"slice-{self.index}.json" not in names
 
     def commit(self, number: int, files: tuple[File, ...]) -> None:
-        """Make the delta of this slice final; fine where there is one."""
+        """Make the delta of this slice final; fine where there is one, and where the round is so old that it was cleared meanwhile."""
         data = json.dumps({"format": FORMAT, "files": [asdict(file) for file in files]}, indent=1).encode()
-        self.storage.claim(f"{_folder(number)}/slice-{self.index}.json", data)
+        try:
+            self.storage.claim(f"{_folder(number)}/slice-{self.index}.json", data)
+        except FileNotFoundError:
+            if self.record(number) is None:
+                raise
 
     def announce(self, number: int) -> None:
         """Tell the others that this slice will come to the round; those that were in the one before need not."""
@@ -141,10 +153,21 @@ class Rounds:
 
     def _decide(self, number: int, there: set[int]) -> Record:
         deltas: dict[int, tuple[File, ...]] = {}
-        for index in sorted(there):
-            document = json.loads(self.storage.read(f"{_folder(number)}/slice-{index}.json"))
-            deltas[index] = tuple(File(**file) for file in document["files"])
-        return Record.decode(self.storage.claim(f"{_folder(number)}/{DECIDED}", Record(number, deltas, self.index).encode()))
+        try:
+            for index in sorted(there):
+                document = json.loads(self.storage.read(f"{_folder(number)}/slice-{index}.json"))
+                deltas[index] = tuple(File(**file) for file in document["files"])
+            return Record.decode(self.storage.claim(f"{_folder(number)}/{DECIDED}", Record(number, deltas, self.index).encode()))
+        except FileNotFoundError:
+            # Another slice has decided since the look, gone on, and cleared the round, drafts included.
+            if record := self.record(number):
+                return record
+            raise
+
+
+def decided_rounds(run_directory: str) -> int:
+    """Number of the newest round of the run that is decided; 0 before the first. Raises OSError."""
+    return Rounds(run_directory, index=0, slices=1).newest()
 
 
 def _folder(number: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -19,15 +20,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from google.api_core import exceptions as api
+from google.auth.exceptions import TransportError
 
 from tests.trainer.checkpoint.states import abstract, differences, mesh, state
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint.commit import committed_steps
-from trainer.checkpoint.storage import open_storage
-from trainer.checkpoint.trouble import save_error
+from trainer.checkpoint.storage import _Bucket, open_storage
+from trainer.checkpoint.trouble import read_error, save_error
 from trainer.config.run import Checkpoint
 from trainer.contract import Exit
 from trainer.errors import CheckpointError, PeerLost, SaveFailed
+from trainer.worker import unexpected
 
 NOBODY = 65534
 
@@ -194,6 +198,35 @@ def test_causes_are_found_under_other_exceptions() -> None:
     assert "TimeoutError" in str(save_error(5, "/run", TimeoutError()))
     lost = PeerLost("process 3")
     assert save_error(5, "/run", lost) is lost
+
+
+def test_storage_out_of_reach_while_a_checkpoint_is_read_is_no_reason_to_end_the_job() -> None:
+    unavailable = ConnectionError(errno.EIO, "503 the service is unavailable", "gs://b/run/8/commit.json")
+    for error in (unavailable, TimeoutError(), ValueError("UNAVAILABLE: Error reading gs://b/run/8/params/manifest.ocdbt")):
+        found = read_error("gs://b/run", error)
+        assert type(found) is PeerLost and found.exit_code == 76 and "is out of reach" in str(found)
+    lasting = (PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "Input/output error"), ValueError("DATA_LOSS: bad"))
+    for error in lasting:
+        found = read_error("/run", error)
+        assert type(found) is CheckpointError and found.exit_code == 64 and "cannot be read" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (api.ServiceUnavailable("503"), 76),
+        (api.TooManyRequests("429"), 76),
+        (api.RetryError("timeout of 120 s exceeded", api.ServiceUnavailable("503")), 76),
+        (TransportError("the metadata server does not answer"), 76),
+        (api.BadRequest("400"), 70),
+    ],
+)
+def test_a_bucket_that_does_not_answer_as_it_should_is_told_from_one_that_refuses(answer: Exception, code: int) -> None:
+    bucket = open_storage("gs://bucket/run")
+    assert isinstance(bucket, _Bucket)
+    with pytest.raises(OSError) as raised, bucket._as_os_error("x"):
+        raise answer
+    assert unexpected(raised.value, 1)[0] == code
 
 
 def test_the_values_are_not_needed_after_save_returns(run: Path) -> None:
