@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from launcher.backend.kubernetes_api import EVENT, JOB, POD, Api, Resource
+from launcher.backend.kubernetes_api import EVENT, JOB, JOBSET, POD, Api, Resource
 from launcher.backend.kubernetes_errors import NotAllowed, TemporarilyUnavailable
 from launcher.backend.kubernetes_queue import workload_of
 from launcher.backend.scene import USUAL_EVENTS, Scene, is_queued, own_events
-from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Manifest, PodStatus, pod_status
+from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Manifest, PodStatus, job_status, pod_status
 from launcher.backend.values import items, mapping
 from launcher.errors import NnxlaunchError, NotFound, Unavailable
 from launcher.labels import ACCELERATOR_LABEL
@@ -62,22 +62,21 @@ class SceneReader:
         return found
 
     def _started(self, jobset: Manifest) -> dict[str, Any]:
-        name = jobset["metadata"]["name"]
+        own = f"{JOBSET_NAME_LABEL}={jobset['metadata']['name']}"
         events = _Meanwhile(lambda: self._events(jobset))
-        pods = self._list(POD, labels=f"{JOBSET_NAME_LABEL}={name}")
+        pods = self._list(POD, labels=own)
         states = [pod_status(pod) for pod in pods]
         waiting = [pod for pod, state in zip(pods, states, strict=True) if state.node is None and not state.leaving]
         lost = any(_lost(pod) for pod in pods)
         more = _Meanwhile(lambda: {"nodes": self._nodes(waiting or pods)} if waiting or lost else self._speech(states))
-        jobs = self._list(JOB, labels=JOBSET_NAME_LABEL if waiting else f"{JOBSET_NAME_LABEL}={name}")
-        own = [job for job in jobs if job["metadata"]["labels"][JOBSET_NAME_LABEL] == name]
-        return {
-            "pods": tuple(pods),
-            "jobs": tuple(own),
-            "rivals": tuple(_rival(job) for job in jobs if job not in own and mapping(job.get("status")).get("active")),
-            "events": events.result(),
-            **more.result(),
-        }
+        # Jobs tell how a job came to fail; of one that is not there yet, what counts is who has its place.
+        others = {"rivals": self._rivals(jobset)} if waiting and not _finished(jobset) else {"jobs": tuple(self._list(JOB, labels=own))}
+        return {"pods": tuple(pods), **others, "events": events.result(), **more.result()}
+
+    def _rivals(self, jobset: Manifest) -> tuple[Manifest, ...]:
+        """From the JobSets, which count their Jobs: those are many, and the template of the pods is in each of them."""
+        name = jobset["metadata"]["name"]
+        return tuple(rival for other in self._list(JOBSET) if other["metadata"]["name"] != name for rival in _parts_with_pods(other))
 
     def _workloads(self) -> list[Manifest]:
         """Of the cluster where this user may list them, so that whoever uses the quota has a name; else of the namespace."""
@@ -203,14 +202,22 @@ def _lost(pod: Manifest) -> bool:
     return status.get("phase") == "Running" and not ready and "deletionTimestamp" not in pod["metadata"]
 
 
-def _rival(job: Manifest) -> Manifest:
-    """Whose it is, how many pods of it are there, and on which nodes they may be."""
-    pod = job["spec"]["template"]["spec"]
-    return {
-        "metadata": {"name": job["metadata"]["name"], "labels": {JOBSET_NAME_LABEL: job["metadata"]["labels"][JOBSET_NAME_LABEL]}},
-        "spec": {"nodeSelector": mapping(pod.get("nodeSelector"))},
-        "status": {"active": job["status"]["active"]},
-    }
+def _parts_with_pods(jobset: Manifest) -> Iterator[Manifest]:
+    """Of each replicated job with pods: whose it is, how many pods that are, and on which nodes they may be."""
+    active = {part["name"]: part.get("active", 0) for part in items(mapping(jobset.get("status")).get("replicatedJobsStatus"))}
+    name = jobset["metadata"]["name"]
+    for part in items(jobset["spec"]["replicatedJobs"]):
+        job = part["template"]["spec"]
+        if jobs := active.get(part["name"]):
+            yield {
+                "metadata": {"name": f"{name}-{part['name']}", "labels": {JOBSET_NAME_LABEL: name}},
+                "spec": {"nodeSelector": mapping(job["template"]["spec"].get("nodeSelector"))},
+                "status": {"active": jobs * int(job.get("parallelism", 1))},
+            }
+
+
+def _finished(jobset: Manifest) -> bool:
+    return job_status(jobset, []).state.finished
 
 
 def _lean_node(node: Manifest) -> Manifest:

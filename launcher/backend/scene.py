@@ -28,7 +28,7 @@ class Scene:
     read_at: str  # RFC 3339
     pods: tuple[Manifest, ...] = ()
     jobs: tuple[Manifest, ...] = ()
-    rivals: tuple[Manifest, ...] = ()  # Jobs of other JobSets of the namespace with pods, where pods of this one find no place
+    rivals: tuple[Manifest, ...] = ()  # parts of other JobSets of the namespace with pods, where pods of this one find no place
     events: tuple[Manifest, ...] = ()  # of this job, oldest first
     workloads: tuple[Manifest, ...] = ()  # Kueue's, of the namespace or, where that is allowed, of the cluster
     local_queue: Manifest | None = None

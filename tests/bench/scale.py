@@ -58,16 +58,17 @@ def rows() -> list[Row]:
         _settle(namespace)
         found = [Row(f"{SLICES * HOSTS} hosts: submit to all pods created", "s", created, 60, "the control plane included")]
         found += _looks(backend, {"status": ("status", "large"), "why": ("why", "large")})
-        # The same again finds no place: nodes and the other jobs are read too, and the scheduler goes on trying.
+        # The same again finds no place: nodes and the other jobs are read too.
         no_room = {**SPEC, "name": "second"}
         spec.write_text(yaml.safe_dump(no_room))
         subprocess.run([sys.executable, "-m", "launcher", "submit", str(spec), "-n", namespace], check=True, stdout=subprocess.DEVNULL)
         until_told(backend, "second", "chips-used")
+        _settle(namespace)
         return found + _looks(backend, {"why, no room": ("why", "second")})
 
 
 def _settle(namespace: str) -> None:
-    """Until the cluster has had nothing new to say of the job for some seconds: it has the same processors as the launcher here."""
+    """Until the cluster has had nothing new to say of the jobs for some seconds: it has the same processors as the launcher here."""
     begin = since = time.monotonic()
     said = _count(namespace, "events")
     while time.monotonic() - since < 10:
