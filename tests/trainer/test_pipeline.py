@@ -12,7 +12,7 @@ import pytest
 from tests.trainer.pipelines import PRODUCT, Case, assert_equal_to_layers_in_order, pipelined, with_gradients
 
 COMMITTED = (
-    Case(stages=1, microbatches=2, fsdp=2),
+    Case(stages=1, repeats=2, microbatches=2, gather="repeat"),
     Case(stages=2, repeats=3, microbatches=2, fsdp=2, data=2),
     Case(stages=2, repeats=2, microbatches=4, patterns=2, delay=True, gather="once", fsdp=2),
     Case(stages=4, microbatches=8, patterns=2, delay=True, fsdp=2),

@@ -120,7 +120,7 @@ def make_kernel(
     logarithm of the softmax's denominator is returned beside the result, without a gradient.
     """
     block_q, block_kv = largest_block(chunk), largest_block(keys)
-    mask = _PlacedMask(places, keys, window) if causal else _NoMask(len(places), keys)
+    mask = PlacedMask(places, keys, window) if causal else _NoMask(len(places), keys)
     return splash.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(
@@ -146,7 +146,7 @@ def _seen(window: int | None) -> Callable[[Any, Any], Any]:
     return lambda query, key: (query >= key) & (query < key + window)
 
 
-class _PlacedMask(masks.Mask):
+class PlacedMask(masks.Mask):
     """The causal mask of queries that lie anywhere in the row, of keys in order.
 
     The library looks at every block of a mask; it asks of most of them only whether any or all of it is seen, which the
@@ -172,8 +172,8 @@ class _PlacedMask(masks.Mask):
         return self.mask_function(queries[:, None], keys[None, :])
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, _PlacedMask) and self.shape == other.shape and self._window == other._window
-        return same and np.array_equal(self.q_sequence, cast("_PlacedMask", other).q_sequence)
+        same = isinstance(other, PlacedMask) and self.shape == other.shape and self._window == other._window
+        return same and np.array_equal(self.q_sequence, cast("PlacedMask", other).q_sequence)
 
     def __hash__(self) -> int:
         return hash((self.shape, self._window, self.q_sequence.tobytes()))

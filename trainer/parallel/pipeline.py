@@ -363,9 +363,7 @@ def _by_microbatch(x: jax.Array, schedule: PipelineSchedule) -> jax.Array:
     spread = _spread(x, schedule)
     microbatches = spread.reshape(-1, *spread.shape[2:])
     layout = current_layout()
-    if layout is None:
-        return microbatches
-    with use_layout(replace(layout, inside_stage=True)):
+    with use_layout(layout and replace(layout, inside_stage=True)):
         return constrain(microbatches, (None, "batch", *[None] * (x.ndim - 1)))
 
 

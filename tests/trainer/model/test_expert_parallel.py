@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,10 +17,11 @@ from tests.trainer.model.moe_oracle import mixture
 from tests.trainer.model.test_moe import FORMS, params_of, spec_of
 from trainer.config.weights import weights
 from trainer.model.moe import MixtureOfExperts
-from trainer.parallel.experts import Route
-from trainer.parallel.sharding import use_layout
+from trainer.parallel.experts import Choices, Expert, Placed, Route, exchange, mix, mix_over_mesh
+from trainer.parallel.sharding import Layout, use_layout
 
 B, T, D = 16, 4, 16
+WAYS = 4
 SPLIT = ("mixtral", "mesh.ici.data=2", "mesh.ici.fsdp=1", "mesh.ici.fsdp_transpose=2", "mesh.ici.tensor=2")
 MESHES = {
     "expert 2, fsdp 2, tensor 2": ("deepseek", "mesh.ici.expert=2", "mesh.ici.fsdp=2", "mesh.ici.tensor=2"),
@@ -91,6 +93,31 @@ def compare(form: str, *overrides: str, rows: int) -> None:
         assert not [shape for shape in gathered if shape[:2] == (B, T)], gathered
 
 
+def test_within_a_stage_which_gets_its_weights_whole_only_rows_travel_and_values_are_those_of_one_device() -> None:
+    random = np.random.default_rng(0)
+    where = replace(layout(config("mesh.ici={expert: 2, fsdp: 2, tensor: 2}")), inside_stage=True)
+    weights = {"up": random.normal(size=(4, D, 8)).astype(np.float32), "down": random.normal(size=(4, 8, D)).astype(np.float32)}
+    placed = {"up": Placed(("expert", "embed", "mlp"), None), "down": Placed(("expert", "mlp", "embed"), None)}
+    x, shape = random.normal(size=(B, T, D)).astype(np.float32), (B, T, 2)
+    choices = Choices(random.integers(0, 4, shape, np.int32), random.random(shape, np.float32), random.random((B, T)) < 0.8)
+
+    def two_products(rows: jax.Array, ids: jax.Array, sizes: jax.Array, weights: Any) -> jax.Array:
+        del ids
+        return jax.lax.ragged_dot(jax.lax.ragged_dot(rows, weights["up"], sizes), weights["down"], sizes)
+
+    def run(where: Layout | None) -> Any:
+        expert = Expert(two_products, lambda y_BTKD, w_BTK: jnp.einsum("BTKD,BTK->BTD", y_BTKD, w_BTK))
+        if where is None:
+            return jax.jit(lambda x, choices, weights: mix(x, choices, weights, expert))
+        return jax.jit(lambda x, choices, weights: mix_over_mesh(where, x, choices, weights, placed, expert))
+
+    found, wanted = (run(layout)(x, choices, weights) for layout in (where, None))
+    np.testing.assert_allclose(found[choices.valid], wanted[choices.valid], rtol=1e-4, atol=1e-5)
+    outside, inside = (str(jax.make_jaxpr(run(one))(x, choices, weights)) for one in (replace(where, inside_stage=False), where))
+    gathers = [re.findall(r"all_gather\[.*?axis_name=\(([^)]*)\)", program, re.DOTALL) for program in (outside, inside)]
+    assert gathers == [["'fsdp',", "'fsdp',", "'expert',"], ["'expert',"]]
+
+
 def test_rows_go_to_the_devices_of_their_experts_and_back_to_their_places() -> None:
     """The route that a ragged all-to-all is given, against its definition, row by row."""
     sizes = np.random.default_rng(1).integers(0, 4, (3, 3))  # [from, to]
@@ -104,6 +131,39 @@ def test_rows_go_to_the_devices_of_their_experts_and_back_to_their_places() -> N
         np.testing.assert_array_equal(arrived[d][: len(wanted)], wanted)
     for d, returned in enumerate(ragged_all_to_all(arrived, back, 12)):
         np.testing.assert_array_equal(returned[: len(rows[d])], rows[d])
+
+
+def test_chunks_of_one_size_bring_what_a_ragged_all_to_all_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which only TPUs have: here as it is defined, of all devices' rows. Some devices send nothing, one nothing to itself."""
+
+    def by_definition(
+        rows: jax.Array, out: jax.Array, begins: jax.Array, sent: jax.Array, lands: jax.Array, arrives: jax.Array, *, axis_name: str
+    ) -> jax.Array:
+        everyone = [jax.lax.all_gather(array, axis_name) for array in (rows, begins, sent, lands)]
+        here = jax.lax.axis_index(axis_name)
+        for source in range(WAYS):
+            theirs, begin, count, land = (array[source] for array in everyone)
+            place = jnp.arange(len(out)) - land[here]
+            taken = theirs[jnp.clip(place + begin[here], 0, len(theirs) - 1)]
+            out = jnp.where(((place >= 0) & (place < arrives[source]) & (place < count[here]))[:, None], taken, out)
+        return out
+
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", by_definition)
+    sizes = np.array([[3, 0, 2, 1], [0, 0, 0, 0], [1, 4, 0, 0], [2, 1, 1, 2]])  # [from, to]
+    begins, lands = np.cumsum(sizes, 1) - sizes, np.cumsum(sizes, 0) - sizes
+    routes = Route(*(jnp.asarray(array) for array in (begins, sizes, lands, sizes.T)))
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(WAYS, 6, 2)), jnp.float32)
+
+    def both(rows: jax.Array, routes: Route) -> list[jax.Array]:
+        route = Route(*(array[0] for array in routes))
+        return [exchange(rows[0], route, room=8, chunk=4, native=native)[None] for native in (True, False)]
+
+    mesh, split = jax.make_mesh((WAYS,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec("expert")
+    native, chunks = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=split, out_specs=split, check_vma=False))(rows, routes)
+    np.testing.assert_array_equal(chunks, native)
+    for target in range(WAYS):
+        wanted = [rows[source, begins[source, target] :][: sizes[source, target]] for source in range(WAYS)]
+        np.testing.assert_array_equal(native[target, : sizes[:, target].sum()], np.concatenate(wanted))
 
 
 def ragged_all_to_all(rows: list[np.ndarray], routes: list[Route], room: int) -> list[np.ndarray]:

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.trainer.configs import config, layout
 from trainer.config.model import Attention, Block, GatedMlp
 from trainer.model.attention import make_context
+from trainer.model.kernels import PlacedMask
 from trainer.parallel.sharding import use_layout
 
 LENGTH = 256
@@ -74,3 +77,17 @@ def test_the_kernel_gives_the_output_and_gradients_of_plain_attention(changes: d
     ours = values_and_gradients(spec, "splash", batch=batch, mesh=mesh)
     for expected, found in zip(plain, ours, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@given(st.permutations(range(4)), st.sampled_from([4, 8]), st.sampled_from([None, 1, 3, 8, 20]))
+@settings(max_examples=40)
+def test_every_block_of_the_mask_says_what_each_query_sees_of_each_key(order: list[int], block: int, window: int | None) -> None:
+    """Blocks of which all or nothing is seen are told by one element, the others element by element."""
+    places, keys = np.arange(32, dtype=np.int32).reshape(4, 8)[order].reshape(-1), np.arange(40)
+    mask, behind = PlacedMask(places, len(keys), window), places[:, None] - keys
+    seen = (behind >= 0) & (behind < (window or len(keys)))
+    for first, start in itertools.product(range(0, len(places), block), range(0, len(keys), block)):
+        part = slice(first, first + block), slice(start, start + block)
+        found, wanted = mask[part], seen[part]
+        assert found.shape == ((block, block) if wanted.any() and not wanted.all() else (1, 1))
+        np.testing.assert_array_equal(np.broadcast_to(found, wanted.shape), wanted)
