@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,27 +34,45 @@ VARIANTS = {
     "fsdp4 expert2": ("mesh.ici.fsdp=4", "mesh.ici.expert=2"),
     "dp4 fsdp2 over data": ("mesh.ici.data=4", "mesh.ici.fsdp=2", "sharding.optimizer=over_data"),
 }
-RARE = {"accumulation 2", "remat none", "remat dots", *[*VARIANTS][-5:]}
+RARE = {"fsdp4 tp2", "accumulation 2", "remat none", "remat minimal", "remat dots", *[*VARIANTS][-5:]}
 """Only in the long run."""
+
+
+class Program:
+    """A run's step, compiled once for all tests of this file, and its state before the first step."""
+
+    def __init__(self, overrides: tuple[str, ...], devices: int) -> None:
+        self.config = config("model.matmul_precision=highest", "loss.z_loss_weight=0.01", *overrides)
+        self.layout = layout(self.config, devices)
+        self.spec = describe_state(self.config, self.layout)
+        self.step: Any = make_train_step(self.config, self.spec, self.layout)
+        self._first = jax.device_get(initial_state(self.config, self.spec))
+
+    def first(self) -> Any:
+        return jax.device_put(self._first, self.spec.shardings, may_alias=False)
+
+
+def program(*overrides: str, devices: int = 8) -> Program:
+    return built(overrides, devices)
+
+
+built = cache(Program)
 
 
 def train(*overrides: str, devices: int = 8) -> tuple[dict[str, np.ndarray], list[float]]:
     """Initial parameters by stacked path and repeat, and the losses of STEPS different ragged batches."""
-    run = config("model.matmul_precision=highest", *overrides)
-    where = layout(run, devices)
-    spec = describe_state(run, where)
-    state = initial_state(run, spec)
+    run = program(*overrides, devices=devices)
+    state = run.first()
     initial = {}
     for path, value in state_items(state)["params"].items():
         stacked, repeat = split_repeat(path)
         layers = [(repeat, value)] if repeat is not None else enumerate(value) if stacked.startswith("segments/") else [(0, value)]
         initial.update({f"{stacked}#{index}": np.asarray(layer) for index, layer in layers})
-    step = make_train_step(run, spec, where)
     losses = []
     for n in range(STEPS):
-        state, metrics = step(state, put(ragged_batch(n), where))
+        state, metrics = run.step(state, put(ragged_batch(n), run.layout))
         losses.append(float(metrics["loss"]))
-    assert step._cache_size() == 1
+    assert run.step._cache_size() == 1
     return initial, losses
 
 
@@ -70,46 +91,38 @@ def test_the_first_parameters_are_bitwise_equal_and_twenty_losses_agree_with_one
 
 
 def test_the_loss_falls_on_a_batch_seen_again() -> None:
-    run = config()
-    where = layout(run)
-    spec = describe_state(run, where)
-    state, step, batch = initial_state(run, spec), make_train_step(run, spec, where), put(ragged_batch(0), where)
-    state, first = step(state, batch)
+    run = program()
+    batch = put(ragged_batch(0), run.layout)
+    state, first = run.step(run.first(), batch)
     for _ in range(10):
-        state, last = step(state, batch)
+        state, last = run.step(state, batch)
     assert float(last["loss"]) < float(first["loss"]) - 0.1
 
 
 def test_the_state_is_donated_and_every_array_keeps_its_sharding() -> None:
-    run = config()
-    where = layout(run)
-    spec = describe_state(run, where)
-    state = initial_state(run, spec)
-    after, _ = make_train_step(run, spec, where)(state, put(ragged_batch(0), where))
+    run = program()
+    state = run.first()
+    after, _ = run.step(state, put(ragged_batch(0), run.layout))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state) if leaf.ndim)
-    assert jax.tree.all(jax.tree.map(lambda leaf, wanted: leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim), after, spec.abstract))
+    wanted = run.spec.abstract
+    assert jax.tree.all(jax.tree.map(lambda leaf, wanted: leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim), after, wanted))
 
 
 def test_evaluation_sums_equal_the_training_loss_of_the_same_parameters() -> None:
-    run = config("loss.z_loss_weight=0.01")
-    where = layout(run)
-    spec = describe_state(run, where)
-    state, batch = initial_state(run, spec), put(ragged_batch(3), where)
-    sums = jax.device_put(LossSums.zero(), where.replicated)
+    run = program()
+    state, batch = run.first(), put(ragged_batch(3), run.layout)
+    evaluate, sums = make_eval_step(run.config, run.spec, run.layout), jax.device_put(LossSums.zero(), run.layout.replicated)
     for _ in range(2):
-        sums = make_eval_step(run, spec, where)(state, sums, batch)
-    _, metrics = make_train_step(run, spec, where)(state, batch)
+        sums = evaluate(state, sums, batch)
+    _, metrics = run.step(state, batch)
     np.testing.assert_allclose(float(sums.total / sums.tokens), float(metrics["loss"]), rtol=1e-6)
     np.testing.assert_allclose(float(sums.tokens), 2 * float(metrics["tokens"]))
     assert float(metrics["z_loss"]) > 0
 
 
 def test_a_batch_without_a_valid_token_gives_loss_zero_and_no_nan() -> None:
-    run = config()
-    where = layout(run)
-    spec = describe_state(run, where)
-    batch = ragged_batch(0)
+    run, batch = program(), ragged_batch(0)
     batch["weights"] = np.zeros_like(batch["weights"])
-    state, metrics = make_train_step(run, spec, where)(initial_state(run, spec), put(batch, where))
+    state, metrics = run.step(run.first(), put(batch, run.layout))
     assert float(metrics["loss"]) == 0 and float(metrics["gradient_norm"]) == 0
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state))

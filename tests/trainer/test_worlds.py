@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from pytest import MonkeyPatch
@@ -44,7 +45,8 @@ APART = config(*EXACT, "mesh.ici.fsdp=2", diloco={**NESTEROV, "transport": {"typ
 class World:
     """One slice of APART on two of the devices."""
 
-    def __init__(self, directory: str, index: int) -> None:
+    def __init__(self, directory: str, first: nnx.State, index: int) -> None:
+        """first: the state before the first step, wherever it is."""
         self.own = one_world(APART, 2)
         self.layout = Layout.of(self.own, jax.devices()[2 * index : 2 * index + 2])
         self.spec = describe_state(self.own, self.layout)
@@ -53,7 +55,7 @@ class World:
         self.rows = slice(4 * index, 4 * index + 4)
         self.programs = Programs.of(APART, self.spec, index)
         self.again(directory, index)
-        self.state, self.done = self.exchange.join(initial_state(self.own, self.spec), 0).state, 0
+        self.state, self.done = self.exchange.join(jax.device_put(first, self.spec.shardings, may_alias=False), 0).state, 0
 
     def again(self, directory: str, index: int) -> World:
         """The slice after a new start, with the programs of this one."""
@@ -102,7 +104,9 @@ def test_two_worlds_train_as_two_replicas_of_one_and_go_on_without_one_that_is_l
         state, _ = step(state, feed(ragged_batch(n)))
     expected = jax.tree.map(np.asarray, state_items(state))
 
-    worlds = both(partial(World, str(tmp_path)), [0, 1])
+    alone = one_world(APART, 2)
+    first = initial_state(alone, describe_state(alone, layout(alone, 2)))
+    worlds = both(partial(World, str(tmp_path), first), [0, 1])
     assert both(World.round, worlds) == both(World.round, worlds) == [[[0, 1]], [[0, 1]]]
     same(worlds[0].items()["params"], worlds[1].items()["params"])
     for world in worlds:
