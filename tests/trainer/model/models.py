@@ -21,6 +21,10 @@ from trainer.model import Transformer, create_abstract_model
 
 ORACLE = Path(__file__).parents[2] / "oracle"
 BLOCK = {"attention": {"heads": 4, "kv_heads": 2, "head_dim": 8}, "mlp": {"hidden": 24}}
+BIASED: dict[str, Any] = {
+    "attention": {**BLOCK["attention"], "qkv_bias": True, "output_bias": True, "qk_norm": {}, "window": 4},
+    "mlp": {"hidden": 20, "activation": "gelu_tanh", "bias": True},
+}
 Params = Mapping[str, jax.Array]
 
 
