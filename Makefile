@@ -3,6 +3,8 @@ PY := .venv/bin/python
 # A file's tests stay in one process, which shares what it has compiled. Three, also on two cores: many wait for processes they started.
 TOGETHER := -n 3 --dist loadfile
 export JAX_PLATFORMS ?= cpu
+# Where it is set, each process of the tests would rewrite and compile all of them anew in every run.
+unexport PYTHONDONTWRITEBYTECODE
 
 help: ## what you can type
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'

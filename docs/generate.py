@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 import itertools
 import json
 import os
 import re
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
+from unittest.mock import patch
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from launcher.cli import COMMANDS
+from launcher.cli import COMMANDS, app
 from launcher.explain.outcome import MODES, Event, effect
 from launcher.spec import JobSpec
 from trainer.config.presets import preset_names
@@ -49,10 +50,10 @@ def reference() -> str:
 
 
 def help_text(*words: str) -> str:
-    environment = {**os.environ, "COLUMNS": "110", "TERMINAL_WIDTH": "110", "NO_COLOR": "1"}
-    command = [sys.executable, "-m", "launcher", *words, "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+    """Of the command's own app, without a process for each of them."""
+    with redirect_stdout(io.StringIO()) as text, patch.dict(os.environ, {"COLUMNS": "110", "NO_COLOR": "1"}):
+        app(words[0])(args=[*words, "--help"], prog_name="nnxlaunch", standalone_mode=False)
+    return "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines())
 
 
 def nodes(root: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
