@@ -16,8 +16,18 @@ from launcher.backend.kubernetes_queue import GROUP, queued_status, workload_of
 from launcher.backend.kubernetes_scene import SceneReader
 from launcher.backend.scene import Scene, event_of, own_events
 from launcher.backend.selection import Selection
-from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Event, JobState, JobStatus, LogLine, Manifest, job_status
-from launcher.backend.values import mapping
+from launcher.backend.status import (
+    JOBSET_NAME_LABEL,
+    QUEUE_LABEL,
+    Event,
+    JobState,
+    JobStatus,
+    LogLine,
+    Manifest,
+    job_status,
+    replicated_jobs,
+)
+from launcher.backend.values import items, mapping
 from launcher.errors import AlreadyExists, NotFound, Unavailable
 from launcher.labels import MANAGED_BY, MANAGED_BY_LABEL, XPK_LABEL
 from trainer.contract import CONFIG_FILE
@@ -135,7 +145,8 @@ class KubernetesBackend:
         return (follow_logs if follow else read_logs)(self._api, self.namespace, name, selection)
 
     def run_directory(self, name: str) -> str:
-        for mount in self._jobset(name)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"].get("volumes", []):
+        pods = [part["template"]["spec"]["template"]["spec"] for part in replicated_jobs(self._jobset(name))]
+        for mount in (mount for pod in pods for mount in items(pod.get("volumes"))):
             config = mapping(mount.get("configMap")).get("name")
             if mount["name"] == CONFIG_VOLUME and config:
                 document = mapping(self._api.get(CONFIG_MAP, self.namespace, config).get("data")).get(CONFIG_FILE, "{}")

@@ -10,7 +10,7 @@ from launcher.backend.kubernetes_api import EVENT, JOB, JOBSET, POD, Api, Resour
 from launcher.backend.kubernetes_errors import NotAllowed, TemporarilyUnavailable
 from launcher.backend.kubernetes_queue import workload_of
 from launcher.backend.scene import USUAL_EVENTS, Scene, is_queued, own_events
-from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Manifest, PodStatus, job_status, pod_status
+from launcher.backend.status import JOBSET_NAME_LABEL, QUEUE_LABEL, Manifest, PodStatus, job_status, pod_status, replicated_jobs
 from launcher.backend.values import items, mapping
 from launcher.errors import NnxlaunchError, NotFound, Unavailable
 from launcher.labels import ACCELERATOR_LABEL
@@ -76,7 +76,8 @@ class SceneReader:
     def _rivals(self, jobset: Manifest) -> tuple[Manifest, ...]:
         """From the JobSets, which count their Jobs: those are many, and the template of the pods is in each of them."""
         name = jobset["metadata"]["name"]
-        return tuple(rival for other in self._list(JOBSET) if other["metadata"]["name"] != name for rival in _parts_with_pods(other))
+        found = self._ask("jobsets", lambda: self._api.list_whole(JOBSET, self._namespace))
+        return tuple(rival for other in found or () if other["metadata"]["name"] != name for rival in _parts_with_pods(other))
 
     def _workloads(self) -> list[Manifest]:
         """Of the cluster where this user may list them, so that whoever uses the quota has a name; else of the namespace."""
@@ -203,16 +204,20 @@ def _lost(pod: Manifest) -> bool:
 
 
 def _parts_with_pods(jobset: Manifest) -> Iterator[Manifest]:
-    """Of each replicated job with pods: whose it is, how many pods that are, and on which nodes they may be."""
-    active = {part["name"]: part.get("active", 0) for part in items(mapping(jobset.get("status")).get("replicatedJobsStatus"))}
+    """Of each replicated job with pods: whose it is, how many pods that are, on which nodes they may be, and what they take there."""
+    counts = {part["name"]: part for part in items(mapping(jobset.get("status")).get("replicatedJobsStatus"))}
     name = jobset["metadata"]["name"]
-    for part in items(jobset["spec"]["replicatedJobs"]):
+    for part in replicated_jobs(jobset):
         job = part["template"]["spec"]
-        if jobs := active.get(part["name"]):
+        pod, hosts, count = job["template"]["spec"], int(job.get("parallelism", 1)), mapping(counts.get(part["name"]))
+        if active := count.get("active", 0):
             yield {
                 "metadata": {"name": f"{name}-{part['name']}", "labels": {JOBSET_NAME_LABEL: name}},
-                "spec": {"nodeSelector": mapping(job["template"]["spec"].get("nodeSelector"))},
-                "status": {"active": jobs * int(job.get("parallelism", 1))},
+                "spec": {
+                    "nodeSelector": mapping(pod.get("nodeSelector")),
+                    "containers": [{"resources": mapping(container.get("resources"))} for container in pod["containers"]],
+                },
+                "status": {"active": active * hosts, "ready": count.get("ready", 0) * hosts},
             }
 
 

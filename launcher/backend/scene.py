@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Final, cast
 
 from launcher.backend.kubernetes_queue import queued_status, workload_of
-from launcher.backend.status import QUEUE_LABEL, Event, JobState, JobStatus, Manifest, job_status, timestamp
+from launcher.backend.status import QUEUE_LABEL, Event, JobState, JobStatus, Manifest, job_status, replicated_jobs, timestamp
 from launcher.backend.values import mapping
 
 USUAL_EVENTS: Final = ("Scheduled", "Pulled", "Created", "Started", "SuccessfulCreate")
@@ -115,7 +115,7 @@ def own_events(jobset: Manifest, events: Iterable[Manifest]) -> tuple[Manifest, 
     """
     metadata = jobset["metadata"]
     name, uid, created = re.escape(metadata["name"]), metadata["uid"], timestamp(metadata.get("creationTimestamp"))
-    parts = "|".join(re.escape(part["name"]) for part in jobset["spec"]["replicatedJobs"])
+    parts = "|".join(re.escape(part["name"]) for part in replicated_jobs(jobset))
     own = {
         "JobSet": re.compile(name),
         "Job": re.compile(rf"{name}-({parts})-\d+"),

@@ -27,6 +27,8 @@ FOLLOWERS_EXIT_CODES: Final = (75, 76, 143)
 JOBSET_NAME_LABEL: Final = "jobset.sigs.k8s.io/jobset-name"
 REPLICATED_JOB_LABEL: Final = "jobset.sigs.k8s.io/replicatedjob-name"
 JOB_INDEX_LABEL: Final = "jobset.sigs.k8s.io/job-index"
+GLOBAL_INDEX_LABEL: Final = "jobset.sigs.k8s.io/job-global-index"
+"""Over all replicated jobs of the JobSet; another tool's may have several, and each begins its job-index at 0."""
 RESTART_ATTEMPT_LABEL: Final = "jobset.sigs.k8s.io/restart-attempt"
 COMPLETION_INDEX_LABEL: Final = "batch.kubernetes.io/job-completion-index"
 QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
@@ -141,7 +143,7 @@ def job_status(jobset: Manifest, pods: Iterable[Manifest], jobs: Iterable[Manife
     attempt = int(status.get("restarts", 0))
     used = int(status.get("restartsCountTowardsMax", 0))
     state, reason, message = _state(jobset, conditions, pod_states, tuple(jobs), attempt)
-    slices = tuple(_slices(spec, pod_states, attempt))
+    slices = tuple(_slices(jobset, pod_states, attempt))
     return JobStatus(
         name=metadata["name"],
         namespace=metadata.get("namespace", "default"),
@@ -175,7 +177,7 @@ def pod_status(pod: Manifest) -> PodStatus:
         message = unscheduled.get("message", "")
     return PodStatus(
         name=metadata["name"],
-        slice_index=int(labels.get(JOB_INDEX_LABEL, 0)),
+        slice_index=int(labels.get(GLOBAL_INDEX_LABEL) or labels.get(JOB_INDEX_LABEL, 0)),
         worker=int(labels.get(COMPLETION_INDEX_LABEL, 0)),
         attempt=int(labels.get(RESTART_ATTEMPT_LABEL, 0)),
         phase=status.get("phase", "Pending"),
@@ -188,6 +190,11 @@ def pod_status(pod: Manifest) -> PodStatus:
         finished_at=timestamp(ended.get("finishedAt")),
         container=name,
     )
+
+
+def replicated_jobs(jobset: Manifest) -> list[Manifest]:
+    """Of another tool's JobSet perhaps none: the server takes a spec without them."""
+    return items(jobset["spec"].get("replicatedJobs"))
 
 
 def main_container(pod: Manifest) -> str:
@@ -305,7 +312,7 @@ def _state(
         return JobState.SUSPENDED, _reason(true, "Suspended"), "suspended"
     if any(pod.leaving or pod.attempt < attempt for pod in pods):
         return JobState.RESTARTING, "", _waiting_for([pod for pod in pods if pod.leaving or pod.attempt < attempt])
-    want = sum(_hosts(job) * int(job.get("replicas", 1)) for job in spec["replicatedJobs"])
+    want = sum(_hosts(job) * int(job.get("replicas", 1)) for job in replicated_jobs(jobset))
     alive = sum(pod.phase in ("Running", "Succeeded") for pod in present)
     if alive < want:
         blocked = next((pod for pod in present if pod.phase == "Pending" and pod.message), None)
@@ -328,15 +335,15 @@ def _hosts(replicated_job: Manifest) -> int:
     return int(spec.get("completions") or spec.get("parallelism") or 1)
 
 
-def _slices(spec: Manifest, pods: Sequence[PodStatus], attempt: int) -> Iterable[SliceStatus]:
+def _slices(jobset: Manifest, pods: Sequence[PodStatus], attempt: int) -> Iterable[SliceStatus]:
     present = [pod for pod in pods if pod.attempt == attempt]
-    for job in spec["replicatedJobs"]:
-        for index in range(int(job.get("replicas", 1))):
-            mine = [pod for pod in present if pod.slice_index == index]
-            yield SliceStatus(
-                slice_index=index,
-                hosts=_hosts(job),
-                ready=sum(pod.ready for pod in mine),
-                succeeded=sum(pod.phase == "Succeeded" for pod in mine),
-                failed=len({pod.worker for pod in mine if pod.phase == "Failed"} - {pod.worker for pod in mine if pod.phase != "Failed"}),
-            )
+    jobs = [job for job in replicated_jobs(jobset) for _ in range(int(job.get("replicas", 1)))]
+    for index, job in enumerate(jobs):
+        mine = [pod for pod in present if pod.slice_index == index]
+        yield SliceStatus(
+            slice_index=index,
+            hosts=_hosts(job),
+            ready=sum(pod.ready for pod in mine),
+            succeeded=sum(pod.phase == "Succeeded" for pod in mine),
+            failed=len({pod.worker for pod in mine if pod.phase == "Failed"} - {pod.worker for pod in mine if pod.phase != "Failed"}),
+        )

@@ -95,7 +95,9 @@ def _previous(target: Backend, status: JobStatus, slice_index: int | None, worke
 
 def _replaces_pods(jobset: Manifest) -> bool:
     """Whether its Jobs replace their own pods, so that the JobSet counts no attempt (DiLoCo with a world for each slice)."""
-    return any(job["template"]["spec"].get("backoffLimit") for job in jobset["spec"]["replicatedJobs"])
+    from launcher.backend.status import replicated_jobs
+
+    return any(job["template"]["spec"].get("backoffLimit") for job in replicated_jobs(jobset))
 
 
 def _print(lines: Iterator[LogLine], wanted: re.Pattern[str], *, follow: bool) -> None:

@@ -85,7 +85,7 @@ def _meanings(scene: Scene, pod: Pod, waiting: int) -> Iterator[tuple[str, str, 
         yield from _by_nodes(scene, pod, words, waiting)
     if words:
         look = f"kubectl describe pod {pod.status.name} {here}"
-        yield "unschedulable", f"{counted(waiting, 'pod')} find no node: {one_line(words)}", look
+        yield "unschedulable", f"{counted(waiting, 'pod')} {'finds' if waiting == 1 else 'find'} no node: {one_line(words)}", look
 
 
 def _by_nodes(scene: Scene, pod: Pod, words: str, waiting: int) -> Iterator[tuple[str, str, str]]:
@@ -128,8 +128,6 @@ def _by_nodes(scene: Scene, pod: Pod, words: str, waiting: int) -> Iterator[tupl
                 "lower `resources` of the spec, or use larger machines",
             )
             return
-    holders = _holders(scene, tolerated)
-    by = f"; used by {named(holders)}" if holders else "; used by jobs of other namespaces"
     if "affinity rules" in words:
         pools = sorted({mapping(node["metadata"].get("labels")).get(POOL_LABEL, "?") for node in tolerated})
         yield (
@@ -139,10 +137,24 @@ def _by_nodes(scene: Scene, pod: Pod, words: str, waiting: int) -> Iterator[tupl
         )
     elif "Insufficient" in words:
         resource = next((word for word in asked if f"Insufficient {word}" in words), RESOURCE)
+        holders = _holders(scene, tolerated, resource)
+        used = {pod.status.node for pod in pods_of(scene)}
+        mine = [node for node in tolerated if node["metadata"]["name"] in used]
+        itself = [f"{scene.name} itself ({counted(len(mine), 'node')})"] if mine else []
+        whose = (
+            f"used by {named(itself + holders)}"
+            if itself or holders
+            else "this user may not list jobsets to see by whom"
+            if "jobsets" in scene.unreadable
+            else "used by jobs of other namespaces, or by pods of no JobSet"
+        )
         yield (
             "chips-used",
-            f"{counted(waiting, 'pod')} wait for {resource}: all {counted(len(tolerated), 'node')} with {wanted} are full{by}",
-            "wait: they start when others end; or cancel a job, or have nodes added",
+            f"{counted(waiting, 'pod')} {'waits' if waiting == 1 else 'wait'} for {resource}: all "
+            f"{counted(len(tolerated), 'node')} with {wanted} are full; {whose}",
+            "the job is larger than what there is and waits for itself: submit it with fewer slices or hosts, or have nodes added"
+            if len(mine) == len(tolerated) and not holders
+            else "wait: they start when others end; or cancel a job, or have nodes added",
         )
 
 
@@ -212,15 +224,26 @@ def _lacking(nodes: Sequence[Manifest], pod: Pod) -> str:
     return f"has {_wanted(pod)} and the affinity that the pod asks for"
 
 
-def _holders(scene: Scene, nodes: Sequence[Manifest]) -> list[str]:
-    """Jobs of the namespace whose pods may be on these nodes, with the number of their pods there."""
+def _holders(scene: Scene, nodes: Sequence[Manifest], resource: str) -> list[str]:
+    """Jobs of the namespace whose pods may use the resource on these nodes, with the number of their pods there.
+
+    An active Job may itself have found no place: only where none is ready is it named.
+    """
+    rivals = [rival for rival in scene.rivals if _may_use(rival, nodes, resource)]
+    count = "ready" if any(rival["status"]["ready"] for rival in rivals) else "active"
     found: dict[str, int] = {}
-    for rival in scene.rivals:
-        asked = mapping(rival["spec"].get("nodeSelector"))
-        if any(all(mapping(node["metadata"].get("labels")).get(k) == v for k, v in asked.items()) for node in nodes):
+    for rival in rivals:
+        if hosts := int(rival["status"][count]):
             name = rival["metadata"]["labels"][JOBSET_NAME_LABEL]
-            found[name] = found.get(name, 0) + int(rival["status"]["active"])
+            found[name] = found.get(name, 0) + hosts
     return [f"{name} ({counted(count, 'host')})" for name, count in sorted(found.items(), key=lambda pair: -pair[1])]
+
+
+def _may_use(rival: Manifest, nodes: Sequence[Manifest], resource: str) -> bool:
+    asked = mapping(rival["spec"].get("nodeSelector"))
+    resources = [mapping(container["resources"]) for container in rival["spec"]["containers"]]
+    takes = any(resource in mapping(part.get(kind)) for part in resources for kind in ("requests", "limits"))
+    return takes and any(all(mapping(node["metadata"].get("labels")).get(k) == v for k, v in asked.items()) for node in nodes)
 
 
 def _scheduler_says(pod: Pod) -> tuple[str, ...]:
