@@ -33,7 +33,8 @@ def log_in(*, context: str | None, kubeconfig: str | None) -> Login:
             return _from_pod()
         raise Unavailable(
             f"no kubeconfig: {os.pathsep.join(map(str, paths))} does not exist",
-            hint="name one with --kubeconfig or $KUBECONFIG (for GKE: gcloud container clusters get-credentials), or use --backend local",
+            hint="name one with --kubeconfig or $KUBECONFIG (for GKE: gcloud container clusters get-credentials); "
+            "a job of this machine: submit --backend local",
         )
     found = read_context(paths, context)
     where = f"cluster {found.cluster_name!r} (context {found.name!r})"

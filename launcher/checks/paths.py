@@ -39,6 +39,8 @@ def files_outlive_pods(spec: JobSpec, layout: Layout) -> Iterator[Problem]:
         if volume is None and (written or spec.image is None):
             message = f"{path[:120]!r} is a folder of the pod, and no volume is mounted there"
             hint = "use gs://bucket/folder, or mount a volume and use a path in it"
+            if spec.cpu is not None:
+                hint += "; to run the job on this machine: --backend local"
             yield Problem(path=where, message=message, hint=hint, code="path-not-mounted", value=path)
         elif volume is not None and written:
             yield from _writable(spec, layout, where, path, volume)

@@ -49,4 +49,4 @@ def command(file: File = None, target: TargetOption = Target.CPU, name: Name = "
         raise AlreadyExists(f"{file} exists", hint="choose another name") from None
     except OSError as error:
         raise NotFound(f"{file} cannot be written: {error.strerror}", hint="check the folder") from None
-    typer.echo(f"wrote {file}; next: nnxlaunch explain {file}", err=True)
+    typer.echo(f"wrote {file}; next: nnxlaunch validate {file}", err=True)

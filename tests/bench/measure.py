@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.parent.allocator import memory_kept
+
 # What would change the work if it leaked in from the caller.
 _REMOVED = (
     "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "JAX_NUM_CPU_DEVICES", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION",
@@ -42,7 +44,8 @@ def cpu_seconds() -> float:
 
 def environment(devices: int = 1) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in _REMOVED}
-    return {**kept, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    given = {**kept, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    return {**given, **memory_kept(given)}  # as the trainer's parent does
 
 
 def child_json(arguments: Sequence[str], *, devices: int = 1) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import mmap
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -81,6 +83,8 @@ def child(mode: str, file: str) -> None:
             for number in itertools.count() if os.environ.get("TALK") else ():
                 print("line", number, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
+        case "memory":
+            print(*(_pages_of(64 << 20) for _ in range(3)), flush=True)
         case "orphan":
             # Its parent ends at once, so it becomes a child of PID 1.
             subprocess.run([sys.executable, "-S", "-c", "import os; os.fork() or os._exit(0)"], check=True)
@@ -88,6 +92,15 @@ def child(mode: str, file: str) -> None:
             wait()
         case _:
             raise ValueError(mode)
+
+
+def _pages_of(size: int) -> int:
+    """How many pages the kernel had to give for `size` bytes that are written to and let go."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    array = bytearray(size)
+    for place in range(0, size, mmap.PAGESIZE):
+        array[place] = 1
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def main(mode: str, file: str = "") -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 import re
 import signal
@@ -241,6 +243,18 @@ def test_as_pid_1_it_collects_the_orphans_of_others(start: Start, tmp_path: Path
     os.kill(parent, signal.SIGTERM)
     process.communicate()
     assert process.returncode in FREE_EXIT_CODES
+
+
+@pytest.mark.parametrize(
+    ("environment", "kept"),
+    [({"JAX_PLATFORMS": "cpu"}, True), ({"JAX_PLATFORMS": ""}, False), ({"JAX_PLATFORMS": "cpu", "MALLOC_MMAP_MAX_": "65536"}, False)],
+    ids=["cpu", "other devices", "set by the user"],
+)
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="only glibc is told how to keep memory")
+def test_on_cpu_a_trainer_keeps_its_memory_from_step_to_step(start: Start, environment: dict[str, str], kept: bool) -> None:
+    _, *later = map(int, start("memory", **environment).communicate()[0].split())
+    pages = (64 << 20) // mmap.PAGESIZE
+    assert all(count < pages // 10 for count in later) if kept else all(count >= pages for count in later)
 
 
 def test_the_parent_imports_the_standard_library_alone() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from trainer.contract import FREE_EXIT_CODES, GRACE_SECONDS, SURVIVOR_WAIT_SECONDS, Exit
+from trainer.parent.allocator import memory_kept
 from trainer.parent.evidence import CRASH, container_memory_kills, crash_stem, redact, write_bundle, write_termination_message
 from trainer.parent.link import STACKS_SIGNAL, VARIABLE, bytes_of
 from trainer.parent.output import Output
@@ -132,7 +133,7 @@ class Parent:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             pass_fds=ends,
-            env={**os.environ, VARIABLE: ",".join(map(str, (*ends, os.getpid())))},
+            env={**os.environ, **memory_kept(os.environ), VARIABLE: ",".join(map(str, (*ends, os.getpid())))},
             process_group=0,  # so that a Ctrl-C reaches it once, through us
         )
         self.pid = process.pid
