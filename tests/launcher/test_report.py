@@ -111,7 +111,7 @@ def large(slices: int, hosts: int) -> Scene:
     for index in range(slices * hosts):
         pod = copy.deepcopy(small.pods[0])
         pod["metadata"]["name"] = f"train-slice-{index // hosts}-{index % hosts}-abcde"
-        pod["metadata"]["labels"]["jobset.sigs.k8s.io/job-index"] = str(index // hosts)
+        pod["metadata"]["labels"] |= {f"jobset.sigs.k8s.io/job-{name}": str(index // hosts) for name in ("index", "global-index")}
         pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"] = str(index % hosts)
         pods.append(pod)
     next(c for c in pods[min(77, len(pods) - 1)]["status"]["conditions"] if c["type"] == "Ready")["status"] = "False"
