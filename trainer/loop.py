@@ -74,7 +74,7 @@ class Loop:
             if saved:
                 self._save(done, state)
             if self.evaluate and self.config.eval and not leaving and (last or done % self.config.eval.every_steps == 0):
-                sums = self.evaluate(state, functools.partial(self.preemption_requested, done))
+                sums = self.evaluate(state, functools.partial(self._asked_while_evaluating, done))
                 evaluation = (done, sums) if sums else None
                 leaving = sums is None
             if leaving:
@@ -100,7 +100,7 @@ class Loop:
     def evaluate_last(self, done: int, state: nnx.State) -> None:
         """The evaluation of a run that was told to leave in the middle of it, behind its last step. Raises Preempted if told again."""
         assert self.evaluate
-        sums = self.evaluate(state, functools.partial(self.preemption_requested, done))
+        sums = self.evaluate(state, functools.partial(self._asked_while_evaluating, done))
         if sums is None:
             raise Preempted(f"asked to leave during the last evaluation; checkpoint {done} is committed")
         self.reporter.eval(done, sums)
@@ -124,6 +124,11 @@ class Loop:
         # The copy to the host waits for this step anyway, so reading its metrics is free: a bad state is never saved.
         self._require_finite(self.reporter.flush())
         self.checkpoints.save(done, state_items(state), self.meta(done))
+
+    def _asked_while_evaluating(self, done: int) -> bool:
+        """Whether to leave; what was committed meanwhile is told, because an evaluation may be long."""
+        self._announce()
+        return self.preemption_requested(done)
 
     def _announce(self) -> None:
         for saved in self.checkpoints.newly_committed():

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, cast
 
+from launcher.observe.commits import last_commit
 from trainer.contract import COMMITTED, METRICS_FILE, METRICS_FOLDER
 
 TAIL_BYTES: Final = 256 * 1024
@@ -29,15 +30,24 @@ class Progress:
 
 
 def last_progress(run_directory: str) -> Progress | None:
-    """The newest step on record; None where there is none, or where the directory is not on this machine."""
+    """The newest step on record and the newest checkpoint; None where there is none, or where the directory is not on this machine."""
     if "://" in run_directory:
         return None
+    found = _recorded(run_directory)
+    # The trainer tells of a commit between two steps or two batches of an evaluation; the commit file is there before.
+    committed = last_commit(run_directory)
+    if committed and committed.step != found.checkpoint:
+        found = replace(found, checkpoint=committed.step, checkpoint_at=committed.at, save_seconds=committed.save_seconds)
+    return None if found == Progress() else found
+
+
+def _recorded(run_directory: str) -> Progress:
     try:
         with open(Path(run_directory, METRICS_FOLDER, METRICS_FILE), "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
             records = [_record(line) for line in file.read().splitlines()]
     except OSError:
-        return None
+        return Progress()
     found = Progress()
     for record in records:
         at = datetime.fromtimestamp(float(record.get("time", 0)), UTC)
@@ -50,7 +60,7 @@ def last_progress(run_directory: str) -> Progress | None:
             found = replace(
                 found, checkpoint=record["step"], checkpoint_at=at, save_seconds=float(took) if isinstance(took, int | float) else None
             )
-    return None if found == Progress() else found
+    return found
 
 
 _STEP: Final = re.compile(r"\[ *(?P<done>\d+)/(?P<total>\d+)\]  loss (?P<loss>\S+)(?:.*?  (?P<time>[\d.]+) (?P<unit>ms|s)/step)?")

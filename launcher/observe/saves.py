@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
-from typing import Any, Final, cast
+from typing import Any, Final
 from urllib.parse import quote
 
 import urllib3
 
-from trainer.contract import CHECKPOINT_FOLDER, COMMIT_FILE, SAVE_SECONDS
+from launcher.observe.commits import Committed, last_commit, newest_commit
+from trainer.contract import CHECKPOINT_FOLDER, COMMIT_FILE
 
 PATIENCE_SECONDS: Final = 4.0
 """For a bucket, from when it was first asked: a submit does not wait longer for what may not be there."""
-_NEWEST: Final = 3
-"""Steps that are tried: the newest may be about to be written, or to be deleted."""
 _MACHINE: Final = Path("/sys/class/dmi/id/product_name")
 _READ: Final = "https://www.googleapis.com/auth/devstorage.read_only"
 
@@ -34,21 +32,7 @@ class Save:
 
 def last_save(run_directory: str) -> Save | None:
     """Of a folder of this machine; None where there is none, or where its trainer wrote no time down."""
-    if "://" in run_directory:
-        return None
-    folder = Path(run_directory, CHECKPOINT_FOLDER)
-    try:
-        names = [entry.name for entry in os.scandir(folder)]
-    except OSError:
-        return None
-
-    def read(step: int) -> bytes | None:
-        try:
-            return Path(folder, str(step), COMMIT_FILE).read_bytes()
-        except OSError:
-            return None
-
-    return _newest(names, read)
+    return _save(last_commit(run_directory))
 
 
 def asked_for_last_save(run_directory: str) -> Callable[[], Save | None]:
@@ -70,22 +54,8 @@ def asked_for_last_save(run_directory: str) -> Callable[[], Save | None]:
     return answer
 
 
-def _newest(names: Iterable[str], read: Callable[[int], bytes | None]) -> Save | None:
-    steps = sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
-    for step in steps[:_NEWEST]:
-        content = read(step)
-        if content is not None:
-            return _save(step, content)
-    return None
-
-
-def _save(step: int, content: bytes) -> Save | None:
-    try:
-        document = json.loads(content)
-    except ValueError:
-        return None
-    seconds = cast("dict[str, Any]", document).get(SAVE_SECONDS) if isinstance(document, dict) else None
-    return Save(step, float(seconds)) if isinstance(seconds, int | float) and math.isfinite(seconds) and seconds >= 0 else None
+def _save(found: Committed | None) -> Save | None:
+    return None if found is None or found.save_seconds is None else Save(found.step, found.save_seconds)
 
 
 def _in_bucket(run_directory: str) -> Save | None:
@@ -104,9 +74,14 @@ def _in_bucket(run_directory: str) -> Save | None:
             listing: Any = json.loads(get(folders + quote(page, safe="")) or b"{}")
             names += [str(name).removeprefix(root).rstrip("/") for name in listing.get("prefixes", [])]
             if not (page := str(listing.get("nextPageToken", ""))):
-                return _newest(names, lambda step: get(f"/{quote(f'{root}{step}/{COMMIT_FILE}', safe='')}?alt=media"))
+                break
+        return _save(newest_commit(names, lambda step: _undated(get(f"/{quote(f'{root}{step}/{COMMIT_FILE}', safe='')}?alt=media"))))
     except (OSError, ValueError, urllib3.exceptions.HTTPError):
         return None
+
+
+def _undated(content: bytes | None) -> tuple[bytes, None] | None:
+    return None if content is None else (content, None)
 
 
 def _reader(bucket: str) -> Callable[[str], bytes | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from launcher.labels import SPOT_LABEL
 from launcher.observe.progress import last_progress, progress_in
 from launcher.observe.report import Quota, report
 from tests.cluster.situations import SITUATIONS
+from tests.launcher.test_saves import commit
 from tests.launcher.test_why import recorded
 from trainer.contract import ATTEMPT_ENDED, SURVIVOR_WAIT_SECONDS
 
@@ -88,6 +90,21 @@ def test_a_run_directory_on_this_machine_tells_the_same(tmp_path: Path) -> None:
     assert found is not None
     assert (found.done, found.step_seconds, found.checkpoint, found.save_seconds) == (20, 0.25, 10, 2.5)
     assert str(found.loss) == "nan"
+
+
+def test_a_checkpoint_counts_from_its_commit_on_and_not_from_when_the_trainer_tells_of_it(tmp_path: Path) -> None:
+    told = {"kind": "event", "time": 101.0, "event": "checkpoint committed", "step": 10, "seconds": 2.5}
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "metrics.jsonl").write_text(json.dumps(told))
+    commit(str(tmp_path), 10, 2.0)
+    assert last_progress(str(tmp_path)) == progress_in(("1970-01-01T00:01:41Z checkpoint committed: step 10  seconds 2.5",))
+    commit(str(tmp_path), 20, 3.5)
+    os.utime(tmp_path / "checkpoints/20/commit.json", (200.0, 200.0))
+    (tmp_path / "checkpoints" / "30").mkdir()  # not committed yet
+    found = last_progress(str(tmp_path))
+    assert found is not None and found.checkpoint_at is not None
+    assert (found.checkpoint, found.save_seconds) == (20, 3.5)
+    assert found.checkpoint_at.timestamp() == 200.0
 
 
 @pytest.mark.parametrize("name", [situation.name for situation in SITUATIONS])

@@ -23,6 +23,7 @@ from trainer.checkpoint.saving import Save
 from trainer.config import ConfigError, TrainConfig
 from trainer.contract import COMMITTED, GRACE_SECONDS, GRACE_SHORT, SURVIVOR_WAIT_SECONDS, Exit
 from trainer.errors import NumericsError, Preempted, ResumeMismatch
+from trainer.observe import Reporter
 from trainer.run import run
 from trainer.state import describe_state, state_items
 
@@ -184,6 +185,31 @@ def test_a_checkpoint_in_flight_does_not_hold_the_loop(tmp_path: Path, monkeypat
     monkeypatch.setattr(run_module, "make_train_step", make_counting)
     assert run(small(tmp_path, checkpoint={"every_steps": 2})) == Exit.DONE
     assert Checkpoints(config().checkpoint, str(tmp_path)).latest_step() == 6
+
+
+def test_a_save_that_is_committed_during_an_evaluation_is_told_of_in_it(tmp_path: Path, monkeypatch) -> None:
+    said: list[tuple[str, int]] = []
+    told, news = Reporter.event, Checkpoints.newly_committed
+
+    def tell(reporter: Reporter, kind: str, **fields: Any) -> None:
+        if kind == COMMITTED:
+            said.append((kind, fields["step"]))
+        told(reporter, kind, **fields)
+
+    def when_it_is_committed(checkpoints: Checkpoints) -> Any:
+        checkpoints.wait()
+        return news(checkpoints)
+
+    def ask(step: int) -> bool:
+        said.append(("asked", step))
+        return False
+
+    monkeypatch.setattr(Reporter, "event", tell)
+    monkeypatch.setattr(Checkpoints, "newly_committed", when_it_is_committed)
+    monkeypatch.setattr(run_module.distributed, "preemption_requested", ask)
+    assert run(small(tmp_path, steps=4, eval={"every_steps": 3})) == Exit.DONE
+    told_at = said.index((COMMITTED, 3))
+    assert ("asked", 3) in said[told_at:] and ("asked", 4) not in said[:told_at]
 
 
 def test_fewer_steps_than_are_done_are_refused(plain: Path) -> None:
