@@ -95,6 +95,9 @@ ATTEMPTS_FILE: Final = "attempts.json"
 SLICES_FOLDER: Final = "slices"  # run directories of slices that are worlds of their own, except the first one's
 ROUNDS_FOLDER: Final = "rounds"  # where they meet
 
+# How the last part of a termination message begins that says what to do; `why` repeats it.
+HINT: Final = "hint: "
+
 # How process 0 begins to say what ended the attempt before its own; `why` and `status` read it.
 ATTEMPT_ENDED: Final = "end of attempt"
 # And what it says of a save.

@@ -14,7 +14,7 @@ from typing import NoReturn
 from trainer.attempts import after_its_last_log, how_it_ended, log_stem, numbered, require_progress
 from trainer.config import ConfigError, Problem, load_train_config
 from trainer.config.diloco import worlds_apart
-from trainer.contract import ATTEMPT_ENDED, DEVICES_PER_HOST, JOB_UID, Exit, slice_directory
+from trainer.contract import ATTEMPT_ENDED, DEVICES_PER_HOST, HINT, JOB_UID, Exit, slice_directory
 from trainer.distributed import enter_own_world, lost_connection, lost_peer, rank_from_environment, shutdown
 from trainer.distributed.preemption import install_handlers
 from trainer.errors import TrainerError
@@ -37,8 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _leave(Exit.CONFIG, str(error.problems[0]))
     except TrainerError as error:
         if error.exit_code != Exit.PREEMPTED:
-            print(f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
-            _leave(error.exit_code, str(error))
+            words = str(error) + (f"\n{HINT}{error.hint}" if error.hint else "")
+            print(f"error: {words}", file=sys.stderr)
+            _leave(error.exit_code, words)
         code, message = error.exit_code, str(error)
     except Exception as error:  # the one place where everything ends
         traceback.print_exc()

@@ -16,10 +16,12 @@ from typing import Any, Final, cast
 
 from launcher.backend.values import items, mapping
 from launcher.labels import DEFAULT_CONTAINER_ANNOTATION
-from trainer.contract import CONTAINER_NAME, MEANING
+from trainer.contract import CONTAINER_NAME, HINT, MEANING
 
 Manifest = dict[str, Any]
 """A Kubernetes object as a dict."""
+
+_HINT: Final = re.compile(rf"\n *{HINT}")
 
 FOLLOWERS_EXIT_CODES: Final = (75, 76, 143)
 """Of hosts that were asked to leave or have lost a peer: seldom the cause."""
@@ -66,6 +68,16 @@ class PodStatus:
     started_at: datetime | None
     finished_at: datetime | None
     container: str = CONTAINER_NAME  # whose state and log are meant
+
+    @property
+    def words(self) -> str:
+        """The message without the trainer's hint."""
+        return _HINT.split(self.message)[0]
+
+    @property
+    def hint(self) -> str:
+        """What the trainer says is to be done; empty where it says nothing."""
+        return "".join(_HINT.split(self.message)[1:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +288,7 @@ def _pod_cause(pod: PodStatus) -> str:
     where = f"slice {pod.slice_index}, worker {pod.worker}"
     if pod.exit_code is None:
         return f"{where}: {pod.message or pod.phase}"
-    words = f": {pod.message}" if pod.message and pod.message != "Error" else ""
+    words = f": {pod.words}" if pod.words and pod.words != "Error" else ""
     return f"{where} exited with {explain_exit(pod.exit_code)}{words}"
 
 

@@ -15,6 +15,8 @@ from trainer.contract import FATAL_EXIT_CODES, Exit
 
 LOOP: Final = 3
 """Restarts in a row that make a loop."""
+HINT_CHARACTERS: Final = 1000
+"""More than of other words: it holds what is to be typed."""
 LOOP_MINUTES: Final = 60
 SETTLED_MINUTES: Final = 5
 
@@ -55,8 +57,13 @@ def failed(scene: Scene) -> Cause:
             evidence=evidence,
         )
     if pod and code in FATAL_EXIT_CODES and not out_of_budget:
-        words = f": {one_line(pod.status.message)}" if pod.status.message not in ("", "Error") else ""
-        advice = _ADVICE.get(code, "its last lines say why" if words else f"is {pod.image} an image of the trainer? Its last lines say why")
+        words = f": {one_line(pod.status.words)}" if pod.status.words not in ("", "Error") else ""
+        hint = one_line(pod.status.hint, HINT_CHARACTERS)
+        advice = (
+            f"{hint}; then: nnxlaunch submit SPEC --replace"
+            if hint
+            else _ADVICE.get(code, "its last lines say why" if words else f"is {pod.image} an image of the trainer? Its last lines say why")
+        )
         return Cause(
             code="fatal-exit",
             sentence=f"{pod.where} exited with {explain_exit(code)}{words}; a restart cannot help, so the job was stopped",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from launcher.backend.scene import Scene, scene_from_data
 from launcher.observe.why import causes, why
 from tests.cluster.situations import SITUATIONS, Situation
+from trainer.checkpoint.mismatch import compare_meta
+from trainer.errors import ResumeMismatch
 
 RECORDED = Path(__file__).parent / "situations"
 
@@ -40,6 +43,21 @@ def test_a_host_whose_node_stopped_to_answer_is_named() -> None:
     assert found.code == "node-not-ready"
     assert "tpu-7 (slice 0, worker 1)" in found.sentence
     assert words in found.evidence[0]
+
+
+def test_a_trainer_that_says_what_to_do_is_repeated_and_its_hint_is_no_part_of_the_cause() -> None:
+    saved = {"config": {"steps": 10}, "step": 4}
+    with pytest.raises(ResumeMismatch) as refused:
+        compare_meta(saved, {"config": {"steps": 20}}, ())
+    scene = copy.deepcopy(recorded("bad-config"))
+    for pod in scene.pods:
+        ended = pod["status"]["containerStatuses"][0]["state"]["terminated"]
+        ended["message"] = f"{refused.value}\nhint: {refused.value.hint}"
+    found = why(scene)
+    assert found.code == "fatal-exit" and found.fix.startswith(f"{refused.value.hint}; then: nnxlaunch submit SPEC --replace; ")
+    assert "allow_mismatch=[steps]" in found.fix
+    assert "steps: saved 10, now 20; a restart cannot help" in found.sentence
+    assert "steps: saved 10, now 20" in scene.status.message and "hint" not in found.sentence + scene.status.message
 
 
 def test_every_situation_gives_one_cause_at_least_and_each_names_a_way_on() -> None:

@@ -18,8 +18,8 @@ import pytest
 
 from tests.namespaces import pid_namespace
 from tests.trainer.parent_program import GLOO_DIED, PEER_DIED
-from trainer.contract import FREE_EXIT_CODES, GRACE_SECONDS, TERMINATION_LOG
-from trainer.parent.evidence import REMOVED, redact, without_secrets
+from trainer.contract import FREE_EXIT_CODES, GRACE_SECONDS, HINT, TERMINATION_LOG
+from trainer.parent.evidence import REMOVED, redact, without_secrets, write_termination_message
 from trainer.parent.verdict import Ending, Verdict, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -262,6 +262,16 @@ def test_the_parent_imports_the_standard_library_alone() -> None:
     found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     foreign = {name.partition(".")[0] for name in found} - sys.stdlib_module_names - {"trainer", "__main__"}
     assert {name for name in foreign if not name.startswith(("_", "a1_", "sitecustomize"))} == set()
+
+
+@pytest.mark.parametrize(
+    ("cause", "hint", "kept"), [("a wörd", "h" * 1500, True), ("ö" * 3000, "h" * 900, True), ("ö" * 3000, "h" * 1500, False)]
+)
+def test_a_long_cause_gives_way_to_the_hint_unless_that_leaves_it_no_room(tmp_path: Path, cause: str, hint: str, kept: bool) -> None:
+    write_termination_message(f"{cause}\n{HINT}{hint}", {TERMINATION_LOG: str(tmp_path / "log")})
+    said = (tmp_path / "log").read_text()
+    assert len(said.encode()) <= 2000 and said.startswith(cause[:500])
+    assert said.endswith(f"\n{HINT}{hint}") is kept and (HINT in said) is kept
 
 
 def test_credentials_are_recognised_by_name_and_by_look() -> None:

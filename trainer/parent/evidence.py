@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from trainer.contract import ATTEMPT, COMPLETION_INDEX, JOB_INDEX, TERMINATION_LOG, TERMINATION_LOG_PATH
+from trainer.contract import ATTEMPT, COMPLETION_INDEX, HINT, JOB_INDEX, TERMINATION_LOG, TERMINATION_LOG_PATH
 
 MESSAGE_BYTES: Final = 2000  # Kubernetes keeps 4096 a container and 12 kB a pod
 TAIL_BYTES: Final = 64 * 1024
@@ -50,11 +50,19 @@ def write_termination_message(text: str, environment: Mapping[str, str]) -> None
     target = environment.get(TERMINATION_LOG) or TERMINATION_LOG_PATH
     if target == TERMINATION_LOG_PATH and not os.access(target, os.W_OK):
         return
-    short = redact(text, environment).encode()[:MESSAGE_BYTES].decode(errors="ignore")
     try:
-        Path(target).write_text(short)
+        Path(target).write_text(_shortened(redact(text, environment)))
     except OSError as error:
         print(f"cannot write {target}: {error.strerror}", file=sys.stderr)
+
+
+def _shortened(text: str) -> str:
+    """What does not fit is left out before the hint, not of it; of a hint that leaves no room for the cause nothing is kept."""
+    head, mark, hint = text.rpartition(f"\n{HINT}")
+    end = f"{mark}{hint}".encode()
+    if not mark or len(end) > MESSAGE_BYTES // 2:
+        head, end = text, b""
+    return (head.encode()[: MESSAGE_BYTES - len(end)] + end).decode(errors="ignore")
 
 
 def write_bundle(log_file: Path | None, facts: Mapping[str, Any], *, tail: str, stacks: str, environment: Mapping[str, str]) -> Path | None:
