@@ -19,7 +19,17 @@ from launcher.backend.local_logs import log_lines
 from launcher.backend.local_pod import refuse_what_cannot_run_here
 from launcher.backend.local_state import LOOK_SECONDS, JobFolder, Snapshot, create_folder, state_root
 from launcher.backend.scene import Scene
-from launcher.backend.status import RUN_DIRECTORY_ANNOTATION, SUBMITTED_BY_ANNOTATION, Event, JobStatus, LogLine, Manifest, user
+from launcher.backend.status import (
+    RUN_DIRECTORY_ANNOTATION,
+    SUBMIT_INTERRUPTED,
+    SUBMITTED_BY_ANNOTATION,
+    SUPERVISOR_LOST,
+    Event,
+    JobStatus,
+    LogLine,
+    Manifest,
+    user,
+)
 from launcher.backend.values import check_namespace, mapping
 from launcher.errors import AlreadyExists, NotFound, Unavailable
 from launcher.image import own_revision
@@ -139,7 +149,7 @@ class LocalBackend:
         return self.get(name).annotations.get(RUN_DIRECTORY_ANNOTATION, "")
 
     def events(self, name: str) -> Sequence[Event]:
-        return self._folder(name).read().events
+        return self._snapshot(self._folder(name)).events
 
     def _folder(self, name: str) -> JobFolder:
         folder = JobFolder(self._root / name)
@@ -158,17 +168,7 @@ class LocalBackend:
         snapshot = folder.read()
         if busy or snapshot.finished:
             return snapshot
-        words = f"the job's supervisor is gone (killed, or this machine was restarted); its words: {folder.path / 'supervisor.log'}"
-        lost = {
-            "type": "Failed", "status": "True", "reason": "SupervisorLost",
-            "message": words if folder.begun else "its submit was interrupted before the job started; the same one again completes it",
-            "lastTransitionTime": datetime.fromtimestamp((folder.path / "status.json").stat().st_mtime, UTC).isoformat(),
-        }  # fmt: skip
-        snapshot.jobset["status"] |= {"terminalState": "Failed", "conditions": [lost]}
-        for pod in snapshot.pods:
-            if pod["status"]["phase"] in ("Pending", "Running"):
-                pod["status"]["phase"] = "Unknown"
-        return snapshot
+        return _lost(folder, snapshot)
 
     def _forget_expired(self, name: str) -> None:
         with contextlib.suppress(NotFound, BlockingIOError):
@@ -199,6 +199,27 @@ class LocalBackend:
             os.close(ready)
             if its_end >= 0:
                 os.close(its_end)
+
+
+def _lost(folder: JobFolder, snapshot: Snapshot) -> Snapshot:
+    """`snapshot` of an unfinished job without a supervisor: failed, its pods gone with it."""
+    heard = datetime.fromtimestamp((folder.path / "status.json").stat().st_mtime, UTC)
+    reason, words = SUBMIT_INTERRUPTED, "its submit was interrupted before the job started; the same one again completes it"
+    if folder.begun:
+        reason, log = SUPERVISOR_LOST, folder.path / "supervisor.log"
+        said = f"; its words: {log}" if log.exists() and log.stat().st_size else ""
+        words = (
+            f"its supervisor, process {folder.supervisor_pid}, was killed, or this machine was restarted: "
+            f"it wrote last at {heard:%Y-%m-%d %H:%M:%S} UTC{said}"
+        )
+    failed = {"type": "Failed", "status": "True", "reason": reason, "message": words, "lastTransitionTime": heard.isoformat()}
+    snapshot.jobset["status"] |= {"terminalState": "Failed", "conditions": [failed]}
+    about = f"jobset/{snapshot.jobset['metadata']['name']}"
+    snapshot.events.append(Event(at=heard, warning=True, reason=reason, message=words, about=about))
+    for pod in snapshot.pods:
+        if pod["status"]["phase"] in ("Pending", "Running"):
+            pod["status"] |= {"phase": "Unknown", "conditions": []}
+    return snapshot
 
 
 def _remove(folder: JobFolder) -> None:

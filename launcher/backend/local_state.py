@@ -133,6 +133,11 @@ class JobFolder:
         """Whether it ever had a supervisor."""
         return (self.path / "supervisor.json").exists()
 
+    @property
+    def supervisor_pid(self) -> int:
+        """Of the one that it has or had."""
+        return int(self._json("supervisor.json")["pid"])
+
     @contextlib.contextmanager
     def supervised(self) -> Generator[None]:
         """Hold the lock of a supervisor.
@@ -181,7 +186,7 @@ class JobFolder:
         if not _locked(self.path / "lock"):
             return None
         with contextlib.suppress(NotFound, ValueError):
-            return int(self._json("supervisor.json")["pid"])
+            return self.supervisor_pid
         return None
 
     def _damaged(self, error: Exception) -> Snapshot:

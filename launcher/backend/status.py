@@ -37,6 +37,10 @@ QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
 RUN_DIRECTORY_ANNOTATION: Final = "nnxlaunch/run-directory"
 SUBMITTED_BY_ANNOTATION: Final = "nnxlaunch/submitted-by"
 
+SUPERVISOR_LOST: Final = "SupervisorLost"
+SUBMIT_INTERRUPTED: Final = "SubmitInterrupted"
+"""Reasons for the end of a local job that a cluster does not know."""
+
 
 class JobState(StrEnum):
     QUEUED = "queued"  # suspended until its queue admits it

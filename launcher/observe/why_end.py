@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Final
 
 from launcher.backend.scene import Scene
-from launcher.backend.status import JobState, explain_exit, first_to_end
+from launcher.backend.status import SUBMIT_INTERRUPTED, SUPERVISOR_LOST, JobState, explain_exit, first_to_end
 from launcher.backend.values import items, mapping
 from launcher.observe.cause import Cause, Pod, all_pods_of, condition_line, counted, named, one_line, pods_of, said_by
 from launcher.observe.history import JOB_FAILURES, KILLERS, Ended, restarts
@@ -38,6 +38,15 @@ def failed(scene: Scene) -> Cause:
         *((f"jobset/{scene.name}: {ending.reason}: {one_line(ending.message)}",) if ending else ()),
         *said_by(*[event for event in scene.said(about="job") if event.reason in JOB_FAILURES][:2]),
     )
+    if ending and ending.reason in (SUPERVISOR_LOST, SUBMIT_INTERRUPTED):
+        begun = ending.reason == SUPERVISOR_LOST
+        return Cause(
+            code="supervisor-lost" if begun else "submit-interrupted",
+            sentence=one_line(ending.message),
+            fix="nnxlaunch submit SPEC --replace: the same spec goes on from its last committed checkpoint" if begun
+            else "nnxlaunch submit SPEC, the same spec as before",
+            evidence=evidence,
+        )  # fmt: skip
     logs = _logs(scene, pod)
     out_of_budget = bool(ending and ending.reason == "ReachedMaxRestarts")
     used = f"the restart budget ({status.restarts_max}) is used up" if status.restarts_max else "its restart budget is 0"

@@ -17,6 +17,7 @@ from launcher.backend.local import LocalBackend
 from launcher.cli import main
 from launcher.errors import AlreadyExists, NotFound, Unavailable
 from launcher.image import own_revision
+from launcher.observe.why import why
 from tests.launcher.local_jobs import ENOUGH_SECONDS, container_of, document, exists, jobset_of, last, manifests, until
 from trainer import contract
 
@@ -156,7 +157,12 @@ def test_a_killed_supervisor_is_reported_and_its_processes_end(backend: LocalBac
     supervisor = json.loads((tmp_path / "state/default/job/supervisor.json").read_text())["pid"]
     os.kill(supervisor, signal.SIGKILL)
     status = last(backend)
-    assert (status.state, status.reason) == (JobState.FAILED, "SupervisorLost")
+    assert (status.state, status.reason, status.ready) == (JobState.FAILED, "SupervisorLost", 0)
+    told = why(backend.scene("job"))
+    assert told.code == "supervisor-lost" and f"its supervisor, process {supervisor}, was killed" in told.sentence
+    assert "it wrote last at 20" in told.sentence and "supervisor.log" not in told.sentence, "that log is empty"
+    assert told.fix.startswith("nnxlaunch submit SPEC --replace: ") and told.evidence
+    assert [event.reason for event in backend.events("job")] == ["Started", "SupervisorLost"]
     until(lambda: not any(exists(pid) for pid in running[::2]), "the processes to end with their parent")
     assert [found.state for found in backend.list()] == [JobState.FAILED]
     assert all(exists(pid) for pid in running[1::2])  # what left its session; looking at a job kills nothing
@@ -188,6 +194,7 @@ def test_an_interrupted_submit_is_completed_by_the_same_one_again(
         if without_status:
             (tmp_path / "state/default/job/status.json").unlink()
         assert [status.state for status in backend.list()] == [JobState.FAILED]
+        assert why(backend.scene("job")).code == ("failed" if without_status else "submit-interrupted")
     backend.create(rendered)
     assert last(backend).state is JobState.COMPLETED
 
