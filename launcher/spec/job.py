@@ -83,9 +83,11 @@ class JobSpec(Node):
         if not isinstance(data, dict):
             return data
         spec = cast("dict[str, Any]", data)
-        train, directory, name = spec.get("train"), spec.get("directory"), spec.get("name")
-        if not isinstance(train, dict) or not isinstance(directory, str) or not isinstance(name, str):
+        train = spec.get("train")
+        if not isinstance(train, dict):
             return spec
+        # One that is missing or is no text is a problem of its own, and not of the directories that follow from it.
+        directory, name = (given if isinstance(given := spec.get(key), str) else key for key in ("directory", "name"))
         filled = {"run_directory": run_directory(directory, name), **cast("dict[str, Any]", train)}
         if isinstance(filled.get("data"), dict):
             filled["data"] = {"cache_directory": f"{directory.rstrip('/')}/data", **cast("dict[str, Any]", filled["data"])}

@@ -256,6 +256,14 @@ def test_all_problems_are_reported_in_one_run_those_of_form_and_those_across_fie
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("key", ["name", "directory"])
+@pytest.mark.parametrize("value", ["123", "null", None])
+def test_a_name_or_directory_that_is_no_text_is_one_problem_and_what_follows_from_it_is_none(key: str, value: str | None) -> None:
+    for document in (TPU, CPU):
+        without = {other: part for other, part in document.items() if other != key}
+        assert [problem.path for problem in found(without, *([f"{key}={value}"] if value else []))] == [key]
+
+
 def test_a_cpu_job_may_keep_its_files_on_this_machine_but_not_on_a_cluster() -> None:
     assert found(CPU, "directory=runs", target=None) == []
     assert [problem.code for problem in found(CPU, "directory=runs")] == ["path-not-mounted"]
