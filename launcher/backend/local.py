@@ -68,7 +68,8 @@ class LocalBackend:
                 )
             except FileExistsError:
                 raise AlreadyExists(
-                    f"a local job {name!r} exists already", hint="choose another name, or take its place with --replace"
+                    f"a local job {name!r} exists already",
+                    hint="follow it with --attach, choose another name, or take its place with --replace",
                 ) from None
             self._supervise(folder, claim)
             return self.get(name)

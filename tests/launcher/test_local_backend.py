@@ -235,8 +235,9 @@ def test_a_damaged_record_hides_no_other_job_and_can_be_cancelled(
 def test_a_taken_name_is_refused_and_replace_waits_for_the_old_job(backend: LocalBackend, tmp_path: Path) -> None:
     backend.create(manifests(tmp_path, DAEMON, f"folder:{tmp_path}", "obedient"))
     old = pids(tmp_path, 1)
-    with pytest.raises(AlreadyExists, match="job 'job' exists already"):
+    with pytest.raises(AlreadyExists, match="job 'job' exists already") as taken:
         backend.create(manifests(tmp_path, "pass"))
+    assert "--attach" in taken.value.hint and "--replace" in taken.value.hint
     assert all(exists(pid) for pid in old)
     backend.create(manifests(tmp_path, "pass"), replace=True)
     assert not any(exists(pid) for pid in old)
