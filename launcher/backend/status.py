@@ -329,6 +329,8 @@ def _state(
     if any(pod.leaving or pod.attempt < attempt for pod in pods):
         return JobState.RESTARTING, "", _waiting_for([pod for pod in pods if pod.leaving or pod.attempt < attempt])
     want = sum(_hosts(job) * int(job.get("replicas", 1)) for job in replicated_jobs(jobset))
+    if not want:
+        return JobState.PENDING, "", "the JobSet has no jobs, so nothing runs"
     alive = sum(pod.phase in ("Running", "Succeeded") for pod in present)
     if alive < want:
         blocked = next((pod for pod in present if pod.phase == "Pending" and pod.message), None)

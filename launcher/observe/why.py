@@ -53,7 +53,14 @@ def _active(scene: Scene) -> Iterator[Cause]:
     yield from refusals(scene)
     yield from looping(scene)
     yield from leaving(scene)
-    if scene.status.state is not JobState.RUNNING:
+    if not scene.status.hosts:
+        yield Cause(
+            code="no-jobs",
+            sentence=scene.status.message,
+            fix=f"whoever made it gives it `replicatedJobs`: kubectl describe jobset {scene.name} -n {scene.namespace}",
+            evidence=(f"jobset/{scene.name}: spec.replicatedJobs is empty",),
+        )
+    elif scene.status.state is not JobState.RUNNING:
         yield from restarted(scene)
         yield from waits_for_leader(scene)
         yield Cause(

@@ -15,7 +15,7 @@ from launcher.backend.kubernetes_api import JOBSET, POD, Api, Resource
 from launcher.backend.kubernetes_errors import NotAllowed
 from launcher.backend.kubernetes_scene import NODE, SceneReader
 from launcher.backend.scene import Scene, own_events, scene_from_data
-from launcher.backend.status import GLOBAL_INDEX_LABEL, JOB_INDEX_LABEL, job_status
+from launcher.backend.status import GLOBAL_INDEX_LABEL, JOB_INDEX_LABEL, JobState, job_status
 from launcher.observe.why import why
 
 CHIPS_USED = scene_from_data(json.loads((Path(__file__).parent / "situations" / "chips-used.json").read_text()))
@@ -61,6 +61,9 @@ def test_a_jobset_without_jobs_which_the_server_takes_has_a_status_and_disturbs_
     empty = other("empty", spec)
     assert job_status(empty, []).slices == ()
     assert own_events(empty, []) == ()
+    told = Scene(jobset=empty, read_at=CHIPS_USED.read_at)
+    assert (told.status.state, why(told).code) == (JobState.PENDING, "no-jobs")
+    assert "nothing runs" in why(told).sentence and "replicatedJobs" in why(told).fix
     assert "holder (4 hosts)" in why(beside(empty, other("holder", wants(4), active=1, ready=1))).sentence
 
 
