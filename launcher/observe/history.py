@@ -9,7 +9,7 @@ from itertools import zip_longest
 from typing import Final
 
 from launcher.backend.scene import Scene
-from launcher.backend.status import Event, explain_exit
+from launcher.backend.status import Event, explain_exit, first_to_end
 from launcher.observe.cause import one_line
 from trainer.contract import ATTEMPT_ENDED
 
@@ -51,11 +51,12 @@ def restarts(scene: Scene) -> list[Ended]:
     told = {int(found["attempt"]): found["sentence"] for line in scene.log if (found := _TOLD.search(line))}
     last = scene.status.attempt - 1
     pairs = enumerate(zip_longest(decided, decided[1:]))
-    return [_ended(scene, event, before, told.get(last - age, "")) for age, (event, before) in pairs]
+    return [_ended(scene, event, before, told.get(last - age, ""), last - age) for age, (event, before) in pairs]
 
 
-def _ended(scene: Scene, event: Event, before: Event | None, told: str) -> Ended:
-    """From what was said between the restart `before` it and this one, and what the trainer `told` of the attempt that ended."""
+def _ended(scene: Scene, event: Event, before: Event | None, told: str, attempt: int) -> Ended:
+    """From what was said between the restart `before` it and this one, what the trainer `told` of the attempt that ended, and
+    those of its pods that have not been removed yet."""
     first = _FIRST.search(event.message)
     job = first["job"] if first else ""
     failures = [said for said in scene.said(about=f"job/{job}") if said.reason in JOB_FAILURES and _between(said, before, event)]
@@ -76,6 +77,8 @@ def _ended(scene: Scene, event: Event, before: Event | None, told: str) -> Ended
         sentence = f"{where(found['pod'])} was taken away (drain, eviction, preemption or a deleted node)"
     elif told:
         sentence, code = one_line(told), int(said_code[1]) if (said_code := _CODE.search(told)) else None
+    elif (pod := first_to_end(pod for pod in scene.status.pods if pod.attempt == attempt)) and pod.exit_code is not None:
+        sentence, code = f"{where(pod.name)} exited with {explain_exit(pod.exit_code)}", pod.exit_code
     else:
         sentence = f"{job or 'a slice'} failed with a code that counts against the budget, and the cluster keeps no more of a replaced pod"
     free = "IgnoreMaxRestarts" in event.message

@@ -113,7 +113,8 @@ def looping(scene: Scene) -> Iterator[Cause]:
         )
         return
     budget = f"{status.restarts_used} of {status.restarts_max} used"
-    present = _how(_culprit(scene))
+    culprit = _culprit(scene)
+    present = _how(culprit) if culprit and culprit.status.attempt == status.attempt else ""
     yield Cause(
         code="crash-loop",
         sentence=f"crash loop: restarted {status.attempt} times ({budget}); {f'now {present}' if present else f'last: {last.sentence}'}",
@@ -204,8 +205,13 @@ def _settled(scene: Scene) -> bool:
 
 
 def _culprit(scene: Scene) -> Pod | None:
-    """The pod that `status` names: its Job's failure message does, else the first that ended badly."""
-    ended = [pod for pod in pods_of(scene) if pod.status.exit_code]
+    """The pod that `status` names: its Job's failure message does, else the first that ended badly.
+
+    Of the present attempt; while that has no pods yet, of the last one of which pods are left.
+    """
+    pods = pods_of(scene) or all_pods_of(scene)
+    newest = max((pod.status.attempt for pod in pods), default=0)
+    ended = [pod for pod in pods if pod.status.exit_code and pod.status.attempt == newest]
     said = [
         str(condition.get("message", ""))
         for job in scene.jobs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,19 @@ def test_a_trainer_that_says_what_to_do_is_repeated_and_its_hint_is_no_part_of_t
     assert "allow_mismatch=[steps]" in found.fix
     assert "steps: saved 10, now 20; a restart cannot help" in found.sentence
     assert "steps: saved 10, now 20" in scene.status.message and "hint" not in found.sentence + scene.status.message
+
+
+def test_between_two_attempts_the_exit_code_is_that_of_the_pods_that_are_still_leaving() -> None:
+    for name, code in (("crash-loop", "crash-loop"), ("restart-waits-for-grace", "restarting")):
+        scene = copy.deepcopy(recorded(name))
+        scene.jobset["status"]["restarts"] += 1  # its pods are of the attempt before it now
+        for pod in scene.pods:
+            pod["metadata"]["deletionTimestamp"] = scene.read_at
+        found = why(scene)
+        assert found.code == code
+        assert "slice 0, worker 1 exited with 134 (aborted (SIGABRT))" in found.sentence and "now slice" not in found.sentence
+        gone = why(replace(scene, pods=()))
+        assert "134" not in gone.sentence
 
 
 def test_every_situation_gives_one_cause_at_least_and_each_names_a_way_on() -> None:
