@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bench import commands, decode, loop, pipeline, scale, sigterm, startup, step
+from tests.bench import commands, decode, loop, peer, pipeline, scale, sigterm, startup, step
 from tests.bench.measure import Row
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
@@ -26,15 +26,17 @@ MEASURES: dict[str, Callable[[], list[Row]]] = {
     "decode": decode.rows,
 }
 ON_A_CLUSTER: dict[str, Callable[[], list[Row]]] = {"scale": scale.rows, "sigterm": sigterm.rows}
-"""Only by name."""
+BESIDE_OTHERS: dict[str, Callable[[], list[Row]]] = {"peer": peer.rows}
+"""Both only by name."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"default: all of {', '.join(MEASURES)}; on a cluster: {', '.join(ON_A_CLUSTER)}")
+    by_name = f"on a cluster: {', '.join(ON_A_CLUSTER)}; with PEER_PYTHON: {', '.join(BESIDE_OTHERS)}"
+    parser.add_argument("names", nargs="*", help=f"default: all of {', '.join(MEASURES)}; {by_name}")
     parser.add_argument("--no-write", action="store_true", help="leave docs/performance.md as it is")
     options = parser.parse_args()
-    known = MEASURES | ON_A_CLUSTER
+    known = MEASURES | ON_A_CLUSTER | BESIDE_OTHERS
     if unknown := [name for name in options.names if name not in known]:
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
     missed = 0
