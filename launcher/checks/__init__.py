@@ -61,6 +61,9 @@ CLUSTER_RULES: Final[tuple[Callable[[JobSpec, Layout], Iterator[Problem]], ...]]
 )
 """Rules for a job that goes to a cluster. TPU jobs always do; a CPU job may stay on this machine."""
 
+LOCAL_RULES: Final[tuple[Callable[[JobSpec, Layout], Iterator[Problem]], ...]] = (paths.files_are_here,)
+"""Rules for a job that is said to stay on this machine."""
+
 
 def check(spec: JobSpec, *, target: Target | None = None) -> list[Problem]:
     """Every problem of a spec. Without a target, a TPU job is taken to go to a cluster, and a CPU job to stay here."""
@@ -71,6 +74,8 @@ def check(spec: JobSpec, *, target: Target | None = None) -> list[Problem]:
     rules = LAYOUT_RULES
     if (target or ("kubernetes" if layout.target == "tpu" else "local")) == "kubernetes":
         rules += CLUSTER_RULES
+    elif target == "local":
+        rules += LOCAL_RULES
     problems += [problem for rule in rules for problem in rule(spec, layout)]
     return problems or list(check_jobset(render(spec)[-1]))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from glob import iglob
 from pathlib import PurePosixPath
 from typing import Final
 
@@ -13,6 +15,7 @@ from trainer.config.checks import named_paths
 from trainer.config.paths import is_gcs, path_fault
 
 _WRITTEN: Final = ("run_directory", "data.cache_directory")
+_READ: Final = ("data.sources.", "data.tokenizer.")
 
 
 def directory_is_usable(spec: JobSpec) -> Iterator[Problem]:
@@ -44,6 +47,24 @@ def files_outlive_pods(spec: JobSpec, layout: Layout) -> Iterator[Problem]:
             yield Problem(path=where, message=message, hint=hint, code="path-not-mounted", value=path)
         elif volume is not None and written:
             yield from _writable(spec, layout, where, path, volume)
+
+
+def files_are_here(spec: JobSpec, layout: Layout) -> Iterator[Problem]:
+    """On this machine: local files that are read are there, below the folder one submits from where their path does not begin at /."""
+    if layout.target != "cpu":  # its processes cannot run here
+        return
+    for key, path in named_paths(spec.train):
+        if not key.startswith(_READ) or is_gcs(path) or path_fault(path):
+            continue
+        expanded, is_glob = os.path.expanduser(path), key.startswith("data.sources.")
+        if os.path.isfile(expanded) or (is_glob and any(map(os.path.isfile, iglob(expanded, recursive=True)))):
+            continue
+        folder = os.path.isdir(expanded)
+        hint = "check the path" + (f"; it begins at {os.getcwd()}" if not os.path.isabs(expanded) else "")
+        if is_glob and folder:
+            hint = f"write {path.rstrip('/')}/** for everything below it"
+        what = "is a folder, not a file" if folder else "names no file of this machine"
+        yield Problem(path=f"train.{key}", message=f"{path[:120]!r} {what}", hint=hint, code="no-such-file", value=path)
 
 
 def _writable(spec: JobSpec, layout: Layout, where: str, path: str, volume: Volume) -> Iterator[Problem]:

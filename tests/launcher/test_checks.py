@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -267,6 +268,24 @@ def test_a_name_or_directory_that_is_no_text_is_one_problem_and_what_follows_fro
 def test_a_cpu_job_may_keep_its_files_on_this_machine_but_not_on_a_cluster() -> None:
     assert found(CPU, "directory=runs", target=None) == []
     assert [problem.code for problem in found(CPU, "directory=runs")] == ["path-not-mounted"]
+
+
+def test_files_that_a_job_of_this_machine_reads_are_there(tmp_path: Path) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/text.txt").touch()
+    source = "train.data.sources=[{type: text, paths: ['%s']}]"
+    for path, problems in (
+        ("a/b/text.txt", 0), ("a/**/*.txt", 0), ("a/**", 0), ("a/*.txt", 1), ("a/b", 1), ("a/c/text.txt", 1),
+    ):  # fmt: skip
+        override = source % (tmp_path / path)
+        missing = found(CPU, override, "directory=runs", target="local")
+        assert [(p.path, p.code) for p in missing] == [("train.data.sources.0.paths.0", "no-such-file")] * problems, path
+        assert all(str(tmp_path / path) in problem.message and problem.hint for problem in missing)
+        assert found(CPU, override, "directory=runs", target=None) == []  # it may be meant for another machine
+    tokenizer = f"train.data.tokenizer={{type: huggingface, path: {tmp_path}/tokenizer.json}}"
+    assert [problem.path for problem in found(CPU, tokenizer, "directory=runs", target="local")] == ["train.data.tokenizer.path"]
+    assert found(CPU, source % "gs://bucket/no-such-file", "directory=runs", target="local") == []
+    assert found(TPU, tokenizer, target="local") == []  # as for `compile`, which reads no data
 
 
 def test_an_axis_that_is_not_one_comes_with_the_nearest() -> None:
