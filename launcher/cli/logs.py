@@ -29,7 +29,13 @@ OneWorker = Annotated[int | None, typer.Option("--worker", min=0, help="Only thi
 All = Annotated[bool, typer.Option("--all", help=f"Of all hosts, also where there are more than {HOSTS_SHOWN}.")]
 Previous = Annotated[bool, typer.Option("--previous", help="Of the attempt before this one; its pods are gone, the run directory has it.")]
 Since = Annotated[
-    float | None, typer.Option("--since", metavar="TIME", parser=duration, help="Only lines of the last seconds, or such as 10m or 2h.")
+    float | None,
+    typer.Option(
+        "--since",
+        metavar="TIME",
+        parser=duration,
+        help="Only lines of the last seconds, or such as 10m or 2h; on a cluster (the lines of a local job have no times).",
+    ),
 ]
 Grep = Annotated[str, typer.Option("--grep", metavar="REGEX", help="Only lines that match.")]
 

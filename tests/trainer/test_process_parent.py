@@ -219,6 +219,14 @@ def test_output_is_passed_on_and_kept_in_the_log_file_and_no_secret_reaches_the_
     assert bundle.stat().st_mode & 0o077 == 0
 
 
+def test_a_log_file_that_an_earlier_start_has_left_goes_on_below_a_line_that_says_so(start: Start, tmp_path: Path) -> None:
+    for _ in range(3):
+        start("log", tmp_path / "run.log").communicate()
+    first, *later = re.split(r"(?m)^---- 20\S+\+00:00: started again; .*\n", (tmp_path / "run.log").read_text())
+    assert [kept.splitlines()[0] for kept in (first, *later)] == ["before the log file is known"] * 3
+    assert [kept.count("after it is known") for kept in (first, *later)] == [1] * 3
+
+
 def test_a_child_does_not_outlive_its_killed_parent(start: Start, tmp_path: Path) -> None:
     process = start("training", tmp_path / "log")
     assert line(process) == "started"

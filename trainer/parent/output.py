@@ -6,6 +6,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable
+from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 from typing import Final
@@ -48,7 +49,8 @@ class Output:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "ab", buffering=0)
             self.path = path
-            _write_all(self._file.fileno(), b"".join(self._recent))
+            begun = os.fstat(self._file.fileno()).st_size > 0  # a run that is submitted again counts its attempts from 0 again
+            _write_all(self._file.fileno(), b"".join([_border(), *self._recent] if begun else self._recent))
         except OSError as error:
             print(f"no log file {path}: {error.strerror}", file=sys.stderr)
         self._keep_bytes = TAIL_BYTES
@@ -71,6 +73,11 @@ class Output:
         self._recent_bytes += len(chunk)
         while self._recent_bytes - len(self._recent[0]) >= self._keep_bytes:
             self._recent_bytes -= len(self._recent.popleft())
+
+
+def _border() -> bytes:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return f"---- {now}: started again; the lines above are of an earlier start of this run ----\n".encode()
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
