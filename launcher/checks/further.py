@@ -18,6 +18,13 @@ from trainer.config.load import problems_of
 
 NUMBERS: Final = (1, 720_720)
 """The second is divisible by every number up to 16, so that few rules object to both."""
+PARTS: Final[dict[str, tuple[Any, Any]]] = {
+    "train.model": ({"preset": "tiny"}, {"preset": "mixtral-8x7b"}),
+    "train.schedule": ({"type": "constant", "learning_rate": 1.0}, {"type": "cosine", "learning_rate": 1.0}),
+}
+"""Two stand-ins each for parts that cannot be made up key by key."""
+FOLLOWS_MODEL: Final = ("sharding", "optimizer", "pipeline", "diloco")
+"""Sections of `train` that name tensors or layers of a model: of another model than the spec's nothing is said about them."""
 ROUNDS: Final = 20
 ACCELERATORS: Final = ("v5e-16", "v6e-256")
 
@@ -38,7 +45,7 @@ def on_any_accelerator(spec: JobSpec, check: Callable[[JobSpec], Iterator[Proble
 def _problems(document: dict[str, Any], number: int, check: Callable[[JobSpec], list[Problem]]) -> list[Problem]:
     touched: set[tuple[str, ...]] = set()
     waiting: dict[str, list[Any]] = {}
-    for _ in range(ROUNDS):
+    for turn in range(ROUNDS):
         try:
             spec = JobSpec.model_validate(document)
         except ValidationError as error:
@@ -47,15 +54,26 @@ def _problems(document: dict[str, Any], number: int, check: Callable[[JobSpec], 
             missing = {problem.path for problem in problems if problem.code == "missing"}
             document = _without(document, _present(document, {problem.path for problem in problems} - missing))
             for place in missing:
-                left = waiting.setdefault(place, [number, "stand-in", {}, [{"type": "synthetic"}]])
+                part = next((part for part in PARTS if place.startswith(f"{part}.")), "")
+                if part and turn >= ROUNDS // 2:  # too much of it is wrong
+                    document = _without(document, {part})
+                    continue
+                left = waiting.setdefault(
+                    place, [PARTS[place][NUMBERS.index(number)]] if place in PARTS else [number, "stand-in", {}, [{"type": "synthetic"}]]
+                )
                 parent = _inside(document, place.split(".")[:-1])
                 if left and isinstance(parent, dict):
                     cast("dict[str, Any]", parent)[place.rpartition(".")[2]] = left.pop(0)
                 else:
                     document = _without(document, {place.rpartition(".")[0]})
         else:
-            return [problem for problem in check(spec) if _section(problem.path) not in touched]
+            found = [problem for problem in check(spec) if _section(problem.path) not in touched]
+            return [problem for problem in found if "train.model" not in waiting or not _follows_model(problem)]
     return []
+
+
+def _follows_model(problem: Problem) -> bool:
+    return problem.code == "axis-unused" or _section(problem.path) in {("train", name) for name in FOLLOWS_MODEL}
 
 
 def _section(path: str) -> tuple[str, ...]:
@@ -69,10 +87,16 @@ def _present(document: dict[str, Any], places: Collection[str]) -> set[str]:
     found: set[str] = set()
     for place in places:
         parts = place.split(".")
-        while len(parts) > 1 and _inside(document, parts) is None:
+        while len(parts) > 1 and not _is_there(document, parts):
             parts.pop()
         found.add(".".join(parts))
     return found
+
+
+def _is_there(document: Any, parts: list[str]) -> bool:
+    """Also where it is null."""
+    around = _inside(document, parts[:-1])
+    return _inside(document, parts) is not None or (isinstance(around, dict) and parts[-1] in around)
 
 
 def _inside(document: Any, parts: list[str]) -> Any:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from launcher.checks import problems_of_document
+from tests.launcher.regenerate import EXAMPLES
 from trainer.config import Problem, apply_overrides
 
 TPU = yaml.safe_load("""
@@ -255,6 +256,19 @@ def test_all_problems_are_reported_in_one_run_those_of_form_and_those_across_fie
     assert {problem.path for problem in problems} >= {
         "nmae", "grace_seconds", "train.mesh.ici", "env.A_TOKEN", "train.stpes", "capacity.type",
     }  # fmt: skip
+
+
+def test_a_model_or_schedule_that_is_not_known_hides_no_other_problem_and_brings_none() -> None:
+    others = "name=A_B", "train.mesh.ici={data: 5}", "train.steps=x"
+    for wrong, path in (
+        ("train.model.preset=tinny", "train.model.preset"), ("train.model=null", "train.model"),
+        ("train.schedule.type=cosin", "train.schedule.type"),
+    ):  # fmt: skip
+        assert {problem.path for problem in found(TPU, wrong, *others)} == {path, "name", "train.mesh.ici", "train.steps"}
+        assert {problem.path for problem in found(TPU, wrong, "train.batch.global_batch=7")} == {path, "train.batch.global_batch"}
+        for example in sorted(EXAMPLES.glob("*.job.yaml")):
+            document = yaml.safe_load(example.read_text())
+            assert [problem.path for problem in found(document, wrong, target=None)] == [path], (example.name, wrong)
 
 
 @pytest.mark.parametrize("key", ["name", "directory"])
