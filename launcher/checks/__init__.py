@@ -68,15 +68,18 @@ LOCAL_RULES: Final[tuple[Callable[[JobSpec, Layout], Iterator[Problem]], ...]] =
 def check(spec: JobSpec, *, target: Target | None = None) -> list[Problem]:
     """Every problem of a spec. Without a target, a TPU job is taken to go to a cluster, and a CPU job to stay here."""
     problems = [problem for rule in SPEC_RULES for problem in rule(spec)]
-    if any(problem.code.startswith("tpu-") for problem in problems):
-        return problems + on_any_accelerator(spec, lambda other: accelerator.train_config_fits(other, other.layout))
-    layout = spec.layout
     rules = LAYOUT_RULES
-    if (target or ("kubernetes" if layout.target == "tpu" else "local")) == "kubernetes":
+    if (target or ("kubernetes" if spec.tpu else "local")) == "kubernetes":
         rules += CLUSTER_RULES
     elif target == "local":
         rules += LOCAL_RULES
-    problems += [problem for rule in rules for problem in rule(spec, layout)]
+
+    def laid_out(spec: JobSpec) -> Iterator[Problem]:
+        return (problem for rule in rules for problem in rule(spec, spec.layout))
+
+    if any(problem.code.startswith("tpu-") for problem in problems):
+        return problems + on_any_accelerator(spec, laid_out)
+    problems += laid_out(spec)
     return problems or list(check_jobset(render(spec)[-1]))
 
 

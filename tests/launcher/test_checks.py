@@ -271,6 +271,19 @@ def test_a_model_or_schedule_that_is_not_known_hides_no_other_problem_and_brings
             assert [problem.path for problem in found(document, wrong, target=None)] == [path], (example.name, wrong)
 
 
+def test_an_accelerator_that_does_not_exist_hides_no_other_problem_and_brings_none() -> None:
+    wrong = "tpu={type: v5p-129}"
+    others = "directory=runs", "network.coordinator_port=8471", "image=null", "train.steps=5"
+    assert {problem.path for problem in found(TPU, wrong, *others)} == {
+        "tpu.type", "directory", "network.coordinator_port", "image", "train.schedule.warmup_steps",
+    }  # fmt: skip
+    for example in sorted(EXAMPLES.glob("*.job.yaml")):
+        document = yaml.safe_load(example.read_text())
+        if "tpu" in document:
+            document["tpu"] = {"type": "v5p-129", "slices": document["tpu"].get("slices", 1)}
+            assert [problem.path for problem in found(document, target=None)] == ["tpu.type"], example.name
+
+
 @pytest.mark.parametrize("key", ["name", "directory"])
 @pytest.mark.parametrize("value", ["123", "null", None])
 def test_a_name_or_directory_that_is_no_text_is_one_problem_and_what_follows_from_it_is_none(key: str, value: str | None) -> None:
