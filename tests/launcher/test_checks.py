@@ -284,6 +284,16 @@ def test_an_accelerator_that_does_not_exist_hides_no_other_problem_and_brings_no
             assert [problem.path for problem in found(document, target=None)] == ["tpu.type"], example.name
 
 
+def test_a_mesh_or_slices_that_do_not_fit_hide_no_problem_that_needs_no_mesh() -> None:
+    alone = "train.steps=5", "train.eval={every_steps: 2, weights: ema}"
+    expected = {"train.schedule.warmup_steps", "train.eval.weights"}
+    assert {problem.path for problem in found(TPU, "train.mesh.ici={data: 5}", *alone)} == {"train.mesh.ici", *expected}
+    apart = "tpu.slices=3", "train.diloco={sync_every_steps: 5, transport: files}"
+    assert {problem.path for problem in found(TPU, *apart, *alone)} == {"train.batch.global_batch", *expected}
+    found_in_all = {problem.path for problem in found(TPU, *apart, *alone, "train.mesh.ici={data: 5}")}
+    assert found_in_all == {"train.batch.global_batch", "train.mesh.ici", *expected}
+
+
 @pytest.mark.parametrize("key", ["name", "directory"])
 @pytest.mark.parametrize("value", ["123", "null", None])
 def test_a_name_or_directory_that_is_no_text_is_one_problem_and_what_follows_from_it_is_none(key: str, value: str | None) -> None:

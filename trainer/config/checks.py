@@ -26,13 +26,13 @@ BYTES_VOCABULARY: Final = 258
 
 def check_train(config: TrainConfig, *, slices: int, devices_per_slice: int, processes: int) -> Iterator[Problem]:
     """Every problem of `config` on so many slices, devices of a slice, and processes (hosts) in all."""
+    problems: list[Problem] = []
     if worlds_apart(config):
-        if problems := list(worlds_fit(config, slices)):
-            yield from problems
-            return
+        problems += worlds_fit(config, slices)
+        yield from problems
         config, slices, processes = one_world(config, slices), 1, processes // slices
     shape = yield from mesh_fits(config, slices=slices, devices_per_slice=devices_per_slice)
-    if shape is not None:
+    if shape is not None and not problems:  # of a batch that does not come out even, nothing more can be said
         yield from pipeline_fits(config, shape)
         yield from diloco_fits(config, shape)
         yield from batch_divides(config, shape)
@@ -42,12 +42,12 @@ def check_train(config: TrainConfig, *, slices: int, devices_per_slice: int, pro
         yield from model_divides(config, shape)
         yield from mesh_axes_are_used(config, shape)
         yield from kernel_fits(config, shape)
-        yield from expert_kernel_fits(config)
         yield from tiles_fit(config, shape)
         yield from weights_are_split(config, shape)
-        yield from state_is_of_one_run(config)
         yield from one_replica_reads_for_others(config, shape)
-        yield from averages_are_there(config)
+    yield from expert_kernel_fits(config)
+    yield from state_is_of_one_run(config)
+    yield from averages_are_there(config)
     yield from rules_are_known(config)
     yield from groups_select(config)
     yield from schedule_ends(config)
