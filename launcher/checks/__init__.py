@@ -13,7 +13,7 @@ from launcher.checks.server import check_jobset
 from launcher.errors import SpecError
 from launcher.manifest import render
 from launcher.spec import JobSpec, Layout
-from launcher.spec.load import read
+from launcher.spec.load import NoTrainFile, read
 from trainer.config import ConfigError, Problem, validate
 
 __all__ = ["check", "check_jobset", "load", "problems_in", "problems_of_document"]
@@ -87,6 +87,9 @@ def problems_in(path: str | Path, overrides: Iterable[str] = (), *, target: Targ
     """The spec in a file, if it has the form of one, and all its problems: of form and across fields, together."""
     try:
         document, _ = read(path, overrides)
+    except NoTrainFile as error:
+        _, others = problems_of_document(error.rest, target=target)
+        return None, error.problems + [problem for problem in others if problem.path.partition(".")[0] != "train"]
     except ConfigError as error:
         return None, error.problems
     return problems_of_document(document, target=target)

@@ -19,10 +19,11 @@ from trainer.config.load import problems_of
 NUMBERS: Final = (1, 720_720)
 """The second is divisible by every number up to 16, so that few rules object to both."""
 PARTS: Final[dict[str, tuple[Any, Any]]] = {
+    "name": ("NAME", "NAME"),  # seen in the paths that are said to be wrong
     "train.model": ({"preset": "tiny"}, {"preset": "mixtral-8x7b"}),
     "train.schedule": ({"type": "constant", "learning_rate": 1.0}, {"type": "cosine", "learning_rate": 1.0}),
 }
-"""Two stand-ins each for parts that cannot be made up key by key."""
+"""Two stand-ins each for parts that cannot be made up by their kind alone."""
 FOLLOWS_MODEL: Final = ("sharding", "optimizer", "pipeline", "diloco")
 """Sections of `train` that name tensors or layers of a model: of another model than the spec's nothing is said about them."""
 ROUNDS: Final = 20

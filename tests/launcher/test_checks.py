@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.checks import problems_of_document
+from launcher.checks import problems_in, problems_of_document
 from tests.launcher.regenerate import EXAMPLES
 from trainer.config import Problem, apply_overrides
 
@@ -282,6 +282,17 @@ def test_an_accelerator_that_does_not_exist_hides_no_other_problem_and_brings_no
         if "tpu" in document:
             document["tpu"] = {"type": "v5p-129", "slices": document["tpu"].get("slices", 1)}
             assert [problem.path for problem in found(document, target=None)] == ["tpu.type"], example.name
+
+
+def test_a_train_file_that_cannot_be_read_hides_no_problem_of_the_rest_and_brings_none(tmp_path: Path) -> None:
+    for example in sorted(EXAMPLES.glob("*.job.yaml")):
+        spec = tmp_path / example.name
+        spec.write_text(yaml.safe_dump({**yaml.safe_load(example.read_text()), "train": "no-such.yaml"}))
+        for overrides, wrong in (((), set[str]()), (("name=5", "grace_seconds=3"), {"name", "grace_seconds"})):
+            none, problems = problems_in(spec, overrides)
+            assert none is None and {problem.path for problem in problems} == {"train", *wrong}, example.name
+    (problem,) = [problem for problem in found(TPU, "name=5", "directory=runs") if problem.path == "directory"]
+    assert "runs/NAME" in problem.message
 
 
 def test_a_mesh_or_slices_that_do_not_fit_hide_no_problem_that_needs_no_mesh() -> None:
