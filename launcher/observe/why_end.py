@@ -236,7 +236,7 @@ def _out_of_memory(pod: Pod) -> bool:
 
 
 def _last_words(pod: Pod) -> str:
-    return f"pod/{pod.status.name}: exit code {pod.status.exit_code}: {one_line(pod.status.message) or 'no words'}"
+    return f"pod/{pod.status.name}: exit code {pod.status.exit_code}: {one_line(pod.status.words) or 'no words'}"
 
 
 def _logs(scene: Scene, pod: Pod | None) -> str:

@@ -56,7 +56,7 @@ def test_a_trainer_that_says_what_to_do_is_repeated_and_its_hint_is_no_part_of_t
         ended["message"] = f"{refused.value}\nhint: {refused.value.hint}"
     found = why(scene)
     assert found.code == "fatal-exit" and found.fix.startswith(f"{refused.value.hint}; then: nnxlaunch submit SPEC --replace; ")
-    assert "allow_mismatch=[steps]" in found.fix
+    assert "allow_mismatch=[steps]" in found.fix and not any("hint" in line for line in found.evidence)
     assert "steps: saved 10, now 20; a restart cannot help" in found.sentence
     assert "steps: saved 10, now 20" in scene.status.message and "hint" not in found.sentence + scene.status.message
 
