@@ -75,6 +75,13 @@ class AlreadyExists(NnxlaunchError):
     exit_code = 73
 
 
+def way_past(*, finished: bool) -> str:
+    """The hint beside a job whose name is taken."""
+    if finished:
+        return "take its place with --replace, which goes on from its last committed checkpoint, or choose another name"
+    return "follow it with --attach, choose another name, or take its place with --replace"
+
+
 class WaitTimeout(NnxlaunchError):
     exit_code = 124
 

@@ -16,9 +16,9 @@ from typing import Any, Final
 from launcher.backend.kubernetes_api import CREATABLE, JOB, JOBSET, POD, Api, Resource
 from launcher.backend.kubernetes_errors import NotAllowed, OverQuota
 from launcher.backend.kubernetes_schema import jobset_schema, require_known
-from launcher.backend.status import QUEUE_LABEL, SUBMITTED_BY_ANNOTATION, Manifest, user
+from launcher.backend.status import QUEUE_LABEL, SUBMITTED_BY_ANNOTATION, Manifest, job_status, user
 from launcher.backend.values import items, mapping
-from launcher.errors import AlreadyExists, NotFound
+from launcher.errors import AlreadyExists, NotFound, way_past
 
 UNFINISHED: Final = "nnxlaunch/unfinished-submit"
 """Annotation of a JobSet whose submit has not come to its end."""
@@ -97,7 +97,7 @@ class Submission:
             return present
         if unfinished:
             what += ", left by an interrupted submit of another spec"
-        raise AlreadyExists(what, hint="follow it with --attach, choose another name, or take its place with --replace")
+        raise AlreadyExists(what, hint=way_past(finished=job_status(present, []).state.finished))
 
     def _create_owned(self, resource: Resource, manifest: Manifest, *, owner: Manifest) -> None:
         """Create it owned by the JobSet; what an earlier job of the same name has left behind gives way."""

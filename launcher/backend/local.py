@@ -31,7 +31,7 @@ from launcher.backend.status import (
     user,
 )
 from launcher.backend.values import check_namespace, mapping
-from launcher.errors import AlreadyExists, NotFound, Unavailable
+from launcher.errors import AlreadyExists, NotFound, Unavailable, way_past
 from launcher.image import own_revision
 from trainer.contract import CONFIG_FILE, IMAGE_REVISION
 
@@ -67,10 +67,7 @@ class LocalBackend:
                     folder.path, {"manifests.json": {"manifests": placed, "directory": os.getcwd()}, "status.json": first.document}
                 )
             except FileExistsError:
-                raise AlreadyExists(
-                    f"a local job {name!r} exists already",
-                    hint="follow it with --attach, choose another name, or take its place with --replace",
-                ) from None
+                raise AlreadyExists(f"a local job {name!r} exists already", hint=way_past(finished=not folder.supervisor_lives)) from None
             self._supervise(folder, claim)
             return self.get(name)
 
@@ -204,14 +201,16 @@ class LocalBackend:
 
 def _lost(folder: JobFolder, snapshot: Snapshot) -> Snapshot:
     """`snapshot` of an unfinished job without a supervisor: failed, its pods gone with it."""
-    heard = datetime.fromtimestamp((folder.path / "status.json").stat().st_mtime, UTC)
+    # The supervisor writes when something happens; what it started ends with it.
+    written = [folder.path / "status.json", *folder.pods.glob("*/log")]
+    heard = datetime.fromtimestamp(max(path.stat().st_mtime for path in written), UTC)
     reason, words = SUBMIT_INTERRUPTED, "its submit was interrupted before the job started; the same one again completes it"
     if folder.begun:
         reason, log = SUPERVISOR_LOST, folder.path / "supervisor.log"
         said = f"; its words: {log}" if log.exists() and log.stat().st_size else ""
         words = (
             f"its supervisor, process {folder.supervisor_pid}, was killed, or this machine was restarted: "
-            f"it wrote last at {heard:%Y-%m-%d %H:%M:%S} UTC{said}"
+            f"it or one of its pods wrote last at {heard:%Y-%m-%d %H:%M:%S} UTC{said}"
         )
     failed = {"type": "Failed", "status": "True", "reason": reason, "message": words, "lastTransitionTime": heard.isoformat()}
     snapshot.jobset["status"] |= {"terminalState": "Failed", "conditions": [failed]}

@@ -134,6 +134,11 @@ class JobFolder:
         return (self.path / "supervisor.json").exists()
 
     @property
+    def supervisor_lives(self) -> bool:
+        """Of a job that is neither being started nor removed, this is whether it goes on."""
+        return _locked(self.path / "lock")
+
+    @property
     def supervisor_pid(self) -> int:
         """Of the one that it has or had."""
         return int(self._json("supervisor.json")["pid"])
@@ -183,7 +188,7 @@ class JobFolder:
 
     def _supervisor(self) -> int | None:
         """Its process id while it lives."""
-        if not _locked(self.path / "lock"):
+        if not self.supervisor_lives:
             return None
         with contextlib.suppress(NotFound, ValueError):
             return self.supervisor_pid
