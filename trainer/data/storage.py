@@ -222,9 +222,10 @@ def _client_errors(path: str) -> tuple[type[Exception], ...]:
 
 @contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
-    """A seekable stream of bytes."""
+    """A seekable stream of bytes. A local path may begin at `~`, as those that `find_files` takes."""
     with accessing(path):
-        file = bucket_client().open(path, "rb", cache_type="readahead") if path.startswith("gs://") else open(path, "rb")
+        in_bucket = path.startswith("gs://")
+        file = bucket_client().open(path, "rb", cache_type="readahead") if in_bucket else open(os.path.expanduser(path), "rb")
         with cast(BinaryIO, file):
             yield file
 

@@ -68,6 +68,12 @@ def test_a_tokenizer_json_gives_its_own_ids_between_the_tokens_its_config_names(
     assert tokenizer.vocabulary == reference.get_vocab_size()
 
 
+def test_the_path_of_a_tokenizer_may_begin_at_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    at_home, named = (load_tokenizer(HuggingFaceTokenizer(path=f"{base}/tokenizer.json")) for base in ("~", folder))
+    assert encode(at_home, TEXT[0]) == encode(named, TEXT[0])
+
+
 def test_text_that_looks_like_a_special_token_is_encoded_as_text(folder: Path) -> None:
     tokenizer = load_tokenizer(HuggingFaceTokenizer(path=str(folder / "tokenizer.json")))
     ((begin, *inside, end),) = encode(tokenizer, "a <|end|> b [BOS]")
